@@ -1,0 +1,5 @@
+"""Direct Preference Optimisation of a LoRA adapter, in Optax.
+
+R. Rafailov et al., Direct Preference Optimization, arXiv 2305.18290;
+E. J. Hu et al., LoRA, arXiv 2106.09685.
+"""

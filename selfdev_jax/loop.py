@@ -1,0 +1,534 @@
+"""Self-Developing, iteration by iteration (paper, section 3 and algorithm 1).
+
+Every stage reads what the archive already holds and adds what is missing, so
+the same call starts a run, resumes a killed one and returns at once from a
+finished one. Keys are folded from (seed, iteration, stage, item): a resumed
+run draws what the uninterrupted one would have drawn.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+
+from selfdev_jax import config as config_lib
+from selfdev_jax import convert
+from selfdev_jax import errors
+from selfdev_jax import evaluation
+from selfdev_jax import merging
+from selfdev_jax import models
+from selfdev_jax import preferences
+from selfdev_jax import programs
+from selfdev_jax import progress
+from selfdev_jax import records
+from selfdev_jax import sampling
+from selfdev_jax import sandbox
+from selfdev_jax import store as store_lib
+from selfdev_jax.dpo import lora
+from selfdev_jax.dpo import train as train_lib
+
+BASELINES = ("task_arithmetic", "ties", "weights")
+
+# The control draws at most this many times the loop's samples to evaluate as
+# many new programs as the loop did.
+_CONTROL_OVERSAMPLING = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """What is merged: the seed model, its experts and their tokenizer."""
+
+  decoder: models.DecoderConfig
+  seed: models.Params
+  experts: Mapping[str, models.Params]
+  tokenizer: transformers.PreTrainedTokenizerBase
+  directory: pathlib.Path  # The seed model's.
+
+
+def run(
+    config: config_lib.Config,
+    workdir: str | os.PathLike,
+    directories: Mapping[str, pathlib.Path] | None = None,
+):
+  """Runs or resumes Self-Developing in `workdir`.
+
+  Args:
+    config: the whole run.
+    workdir: gets archive.sqlite, factories/ (LoRA adapters) and best/ (the
+      best merged model, a Hugging Face directory).
+    directories: where the models behind names such as `tiny:seed` are; other
+      names are directories themselves.
+
+  Raises:
+    UserError: for models, configs or workdirs that do not fit, in one line.
+  """
+  paths = {
+      name: pathlib.Path((directories or {}).get(name, name))
+      for name in (config.seed_model, *config.experts)
+  }
+  _check(config)
+  with store_lib.lock(workdir):
+    loaded = _load(config, paths)
+    identity = {
+        f"weights of {name}": convert.weights_digest(path)
+        for name, path in paths.items()
+    }
+    with (
+        store_lib.Store.create(
+            workdir, config, identity, _provenance()
+        ) as archive,
+        _sandbox(config, loaded) as box,
+    ):
+      _Run(config, archive, loaded, box).run()
+
+
+def _check(config: config_lib.Config):
+  """What can be known to be wrong before anything is loaded."""
+  evaluation.get(config.evaluate.task)
+  programs.load_prompt(config.propose.prompt)
+  if not config.experts:
+    raise errors.UserError("config key 'experts' is empty; name at least one")
+  if len(set(config.experts)) < len(config.experts):
+    raise errors.UserError("config key 'experts' names a model twice")
+
+
+def _load(config, paths) -> Models:
+  seed_path = paths[config.seed_model]
+  decoder, seed = convert.load(seed_path)
+  experts = {}
+  for name in config.experts:
+    _, expert = convert.load(paths[name])
+    experts[name] = jax.tree.map(jnp.asarray, expert)
+  merging.check_experts(seed, experts, config.seed_model)
+  return Models(
+      decoder,
+      jax.tree.map(jnp.asarray, seed),
+      experts,
+      convert.load_tokenizer(seed_path),
+      seed_path,
+  )
+
+
+def _sandbox(config, loaded) -> sandbox.Sandbox:
+  shapes = merging.leaf_shapes(loaded.seed, config.merge.scope)
+  return sandbox.Sandbox(config.sandbox, shapes, len(loaded.experts))
+
+
+def _provenance() -> dict[str, Any]:
+  """Versions and hardware of this session."""
+  root = pathlib.Path(__file__).parent
+  git = subprocess.run(
+      ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  packages = ("selfdev-jax", "jax", "flax", "optax", "transformers")
+  return {
+      "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in packages},
+      "git": git.stdout.strip(),
+      "device": jax.devices()[0].device_kind,
+      "devices": jax.device_count(),
+      "cpus": os.cpu_count(),
+      "machine": platform.machine(),
+  }
+
+
+def _program(digest: str) -> str:
+  """The name of a program's merged model."""
+  return f"program:{digest}"
+
+
+class _Run:
+  """The stages over one archive; each method is safe to call again."""
+
+  def __init__(
+      self,
+      config: config_lib.Config,
+      archive: store_lib.Store,
+      loaded: Models,
+      box: sandbox.Sandbox,
+  ):
+    self._config = config
+    self._archive = archive
+    self._models = loaded
+    self._box = box
+    self._prompt = programs.load_prompt(config.propose.prompt)
+    self._task = evaluation.get(config.evaluate.task)
+    self._factory = sampling.JaxSampler(
+        loaded.decoder, loaded.tokenizer, config.propose.batch_size
+    )
+    self._judge = sampling.JaxSampler(
+        loaded.decoder, loaded.tokenizer, config.evaluate.batch_size
+    )
+
+  def run(self):
+    """All iterations, the baselines, then the test set, once."""
+    for t in range(1, self._config.iterations + 1):
+      self._iterate(records.LOOP, t)
+      if t > 1:
+        self._iterate(records.CONTROL, t)
+      if t < self._config.iterations:
+        self._refine(t)
+    self._baselines()
+    with self._archive.stage(records.LOOP, 0, store_lib.SEARCH):
+      pass
+    self._test()
+    with self._archive.stage(records.LOOP, 0, "export") as needed:
+      if needed:
+        self._export()
+
+  def _key(self, t: int, stage: str) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(self._config.seed), t)
+    return jax.random.fold_in(key, zlib.crc32(stage.encode()))
+
+  # One iteration of one arm.
+
+  def _iterate(self, arm: str, t: int):
+    """Proposes, admits and evaluates the new programs of iteration `t`.
+
+    The control samples the seed model itself with the same keys, and evaluates
+    as many new programs as the loop did; where duplicates leave it short it
+    draws more.
+    """
+    asked = self._config.propose.samples
+    if arm == records.LOOP:
+      self._propose(arm, t, asked)
+      self._admit(arm, t)
+      self._evaluate(arm, t, self._new_programs(arm, t))
+      return
+    budget = len(self._new_programs(records.LOOP, t))
+    drawn = asked
+    while True:
+      self._propose(arm, t, drawn)
+      self._admit(arm, t)
+      new = self._new_programs(arm, t)
+      if len(new) >= budget or drawn >= _CONTROL_OVERSAMPLING * asked:
+        break
+      drawn += self._config.propose.batch_size
+    self._evaluate(arm, t, new[:budget])
+
+  def _propose(self, arm: str, t: int, samples: int):
+    """Samples the arm's factory until it has written `samples` completions."""
+    config = self._config.propose
+    have = len(self._archive.completions(arm, t))
+    if have >= samples:
+      return
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        self._key(t, "propose"), jnp.arange(have, samples)
+    )
+    self._factory.swap_weights(self._models.seed, self._adapter(arm, t))
+    with (
+        self._archive.timed(arm, t, "propose"),
+        progress.bar(f"{t} {arm}: sampling", samples - have, "program") as bar,
+    ):
+      for batch in self._factory.generate(
+          [self._prompt] * (samples - have),
+          keys,
+          max_new_tokens=config.max_new_tokens,
+          temperature=self._config.temperature(t),
+      ):
+        self._archive.add_completions([
+            records.Completion(arm, t, have + i, g.text, g.finished)
+            for i, g in enumerate(batch)
+        ])
+        have += len(batch)
+        bar.update(len(batch))
+
+  def _admit(self, arm: str, t: int):
+    """Gives every completion its verdict."""
+    judged = {v.item for v in self._archive.verdicts(arm, t)}
+    waiting = [
+        c for c in self._archive.completions(arm, t) if c.item not in judged
+    ]
+    if not waiting:
+      return
+    with (
+        self._archive.timed(arm, t, "admit"),
+        progress.bar(f"{t} {arm}: admitting", len(waiting), "program") as bar,
+    ):
+      for completion in waiting:
+        self._archive.add_verdict(*self._verdict(completion))
+        bar.update()
+
+  def _verdict(self, completion: records.Completion):
+    """(verdict, program IR, statistics) of one completion."""
+    about = (completion.arm, completion.iteration, completion.item)
+    try:
+      source = programs.extract(self._prompt, completion.text)
+    except programs.ExtractionError as error:
+      verdict = records.Verdict(
+          *about, completion.text, None, "extract", error.code, error.message
+      )
+      return verdict, "", {}
+    answer = self._box.admit(source)
+    if isinstance(answer, sandbox.Rejection):
+      verdict = records.Verdict(
+          *about, source, None, answer.stage, answer.code, answer.message
+      )
+      return verdict, "", {}
+    verdict = records.Verdict(*about, source, answer.digest)
+    return verdict, answer.program, answer.stats
+
+  def _new_programs(self, arm: str, t: int) -> list[str]:
+    """Digests first admitted in iteration `t` of an arm, in order of items.
+
+    The first iteration of both arms is the same: one factory, the same keys.
+    """
+    earlier = set()
+    for before in range(1, t):
+      earlier |= {
+          v.digest for v in self._verdicts(arm, before) if v.admitted
+      }
+    found = [v.digest for v in self._verdicts(arm, t) if v.admitted]
+    return [d for d in dict.fromkeys(found) if d not in earlier]
+
+  def _verdicts(self, arm: str, t: int) -> list[records.Verdict]:
+    return self._archive.verdicts(records.LOOP if t == 1 else arm, t)
+
+  def _evaluate(self, arm: str, t: int, digests: Sequence[str]):
+    """Scores programs on the development set; known ones are not run again."""
+    names = list(map(_program, digests))
+    self._score_all(arm, t, "evaluate", records.DEV, names)
+
+  # Scores.
+
+  @functools.cache
+  def _items(self, split: str) -> list[evaluation.Item]:
+    sizes = {
+        records.DEV: self._config.evaluate.dev_size,
+        records.TEST: self._config.evaluate.test_size,
+    }
+    return self._task.items(split, sizes[split])
+
+  def _score_all(
+      self, arm: str, t: int, stage: str, split: str, names: Sequence[str]
+  ):
+    """Scores the named merges that have no score on that split yet."""
+    known = self._archive.scores(split)
+    missing = [name for name in names if name not in known]
+    if not missing:
+      return
+    label = f"{t} {arm}: {stage}" if t else f"{stage} on {split}"
+    with (
+        self._archive.timed(arm, t, stage),
+        progress.bar(label, len(missing), "model") as bar,
+    ):
+      for name in missing:
+        self._score(name, split)
+        bar.update()
+
+  def _method(self, name: str) -> merging.Method:
+    """The merge behind the name of a score."""
+    family, _, settings = name.partition(":")
+    experts = list(self._models.experts)
+    if family == "program":
+      return sandbox.kernels(self._archive.program(settings))
+    if family == "seed":
+      return merging.constant(merging.weighted, [0.0] * len(experts))
+    if family == "expert":
+      weights = [float(expert == settings) for expert in experts]
+      return merging.constant(merging.weighted, weights)
+    values = [float(part.split("=")[-1]) for part in settings.split(",")]
+    return merging.constant(merging.METHODS[family], values)
+
+  def _merge(self, name: str) -> tuple[models.Params, bool]:
+    return merging.merge(
+        self._method(name),
+        self._models.seed,
+        list(self._models.experts.values()),
+        self._config.merge.scope,
+    )
+
+  def _score(self, name: str, split: str):
+    start = time.monotonic()
+    params, is_finite = self._merge(name)
+    merged = time.monotonic()
+    responses = self._respond(params, split) if is_finite else []
+    self._archive.add_score(
+        records.Score(
+            model=name,
+            split=split,
+            n=len(self._items(split)),
+            correct=sum(r.correct for r in responses) if is_finite else None,
+            merge_s=merged - start,
+            evaluate_s=time.monotonic() - merged,
+        ),
+        responses,
+    )
+
+  def _respond(
+      self, params: models.Params, split: str
+  ) -> list[records.Response]:
+    items = self._items(split)
+    self._judge.swap_weights(params)
+    batches = self._judge.generate(
+        [item.prompt for item in items],
+        max_new_tokens=self._config.evaluate.max_new_tokens,
+    )
+    texts = [generation.text for batch in batches for generation in batch]
+    return evaluation.grade(self._task, items, texts)
+
+  # Preferences and DPO.
+
+  def _adapter(self, arm: str, t: int) -> models.Params | None:
+    """The factory of iteration `t` as a scaled adapter; None: the seed model."""
+    if arm == records.CONTROL or t == 1:
+      return None
+    adapter = convert.load_adapter(self._factory_path(t), self._models.decoder)
+    config = self._config.dpo
+    return lora.scaled(adapter, config.lora_alpha, config.lora_rank)
+
+  def _factory_path(self, t: int) -> pathlib.Path:
+    return self._archive.workdir / "factories" / f"iteration_{t}"
+
+  def _candidates(self, t: int) -> list[preferences.Candidate]:
+    """The loop's scored programs of one iteration."""
+    scores = self._archive.scores(records.DEV)
+    texts = {
+        c.item: c.text for c in self._archive.completions(records.LOOP, t)
+    }
+    items = {}
+    for verdict in self._archive.verdicts(records.LOOP, t):
+      items.setdefault(verdict.digest, verdict.item)
+    return [
+        preferences.Candidate(texts[items[d]], d, scores[_program(d)])
+        for d in self._new_programs(records.LOOP, t)
+    ]
+
+  def _refine(self, t: int):
+    """Preferences of iteration `t` and the factory of the next."""
+    with self._archive.stage(records.LOOP, t, "refine") as needed:
+      if not needed:
+        return
+      texts = {
+          c.item: c.text for c in self._archive.completions(records.LOOP, t)
+      }
+      pairs = preferences.build(
+          self._config.preferences,
+          t,
+          self._candidates(t),
+          [self._candidates(before) for before in range(1, t)],
+          [
+              texts[v.item]
+              for v in self._archive.verdicts(records.LOOP, t)
+              if not v.admitted
+          ],
+          self._prompt,
+          self._config.seed,
+      )
+      if not pairs:
+        raise errors.UserError(
+            f"iteration {t} left nothing to prefer: {len(self._candidates(t))}"
+            " programs were scored, none better than another; raise"
+            " propose.samples or evaluate.dev_size"
+        )
+      self._archive.replace_pairs(t, pairs)
+      config, loaded = self._config.dpo, self._models
+      key = self._key(t, "refine")
+      adapter = (
+          lora.init(key, loaded.decoder, config.lora_rank)
+          if t == 1
+          else convert.load_adapter(self._factory_path(t), loaded.decoder)
+      )
+      adapter, metrics = train_lib.train(
+          config,
+          loaded.decoder,
+          loaded.seed,
+          adapter,
+          pairs,
+          loaded.tokenizer.encode,
+          loaded.tokenizer.eos_token_id,
+          key,
+          label=f"{t} {records.LOOP}: DPO",
+      )
+      convert.save_adapter(
+          self._factory_path(t + 1),
+          adapter,
+          rank=config.lora_rank,
+          alpha=config.lora_alpha,
+          base=self._config.seed_model,
+      )
+      self._archive.replace_steps(
+          t, [records.Step(t, i, m) for i, m in enumerate(metrics, start=1)]
+      )
+
+  # Controls and the end.
+
+  def _baselines(self):
+    """Seed, experts, and each sweep with the loop's number of evaluations."""
+    dev, arm = records.DEV, records.LOOP
+    self._score_all(arm, 0, "single models", dev, self._single_models())
+    for family in BASELINES:
+      names = self._sweep(family, len(self._evaluated(arm)))
+      self._score_all(arm, 0, family, dev, names)
+
+  def _single_models(self) -> list[str]:
+    return ["seed", *(f"expert:{name}" for name in self._models.experts)]
+
+  def _sweep(self, family: str, budget: int) -> list[str]:
+    """Names of `budget` settings of a baseline, the same in every session."""
+    if family == "task_arithmetic":
+      scales = np.linspace(0.02, 1.5, budget).round(4)
+      return [f"task_arithmetic:scale={s}" for s in scales]
+    if family == "ties":
+      densities = np.linspace(0.1, 1.0, 10).round(2)
+      scales = np.linspace(0.1, 2.0, -(-budget // len(densities))).round(4)
+      grid = [f"ties:density={d},scale={s}" for s in scales for d in densities]
+      return grid[:budget]
+    rng = np.random.default_rng([self._config.seed, zlib.crc32(b"weights")])
+    drawn = rng.uniform(0, 1, (budget, len(self._models.experts))).round(4)
+    return ["weights:" + ",".join(map(str, row)) for row in drawn]
+
+  def _test(self):
+    """Scores once, on the test set, what the development set chose."""
+    dev = self._archive.scores(records.DEV)
+    chosen = self._single_models()
+    for family in BASELINES:
+      chosen += _best(dev, [m for m in dev if m.startswith(f"{family}:")], 1)
+    for arm, n in ((records.LOOP, self._config.top_k), (records.CONTROL, 1)):
+      chosen += _best(dev, map(_program, self._evaluated(arm)), n)
+    self._score_all(records.LOOP, 0, "test", records.TEST, [*dict.fromkeys(chosen)])
+
+  def _evaluated(self, arm: str) -> list[str]:
+    """Digests that an arm paid for, in order."""
+    digests = []
+    for t in range(1, self._config.iterations + 1):
+      budget = len(self._new_programs(records.LOOP, t))
+      digests += self._new_programs(arm, t)[:budget]
+    return digests
+
+  def _export(self):
+    """Writes the best merged model by development score to best/."""
+    dev = self._archive.scores(records.DEV)
+    programs = map(_program, self._evaluated(records.LOOP))
+    for name in _best(dev, programs, 1):
+      params, _ = self._merge(name)
+      convert.save(
+          self._archive.workdir / "best",
+          self._models.decoder,
+          jax.device_get(params),
+          tokenizer=self._models.directory,
+      )
+
+
+def _best(
+    scores: Mapping[str, records.Score], names: Iterable[str], n: int
+) -> list[str]:
+  """The `n` best of the models that could be evaluated; ties to the earlier."""
+  scored = [m for m in names if scores[m].accuracy is not None]
+  return sorted(scored, key=lambda m: -scores[m].accuracy)[:n]

@@ -1,0 +1,134 @@
+"""Applies a merge to the leaves of stacked parameters, a kernel a leaf kind.
+
+A leaf kind is a per-layer shape. Layers are vmapped, so a method or a program
+sees one tensor at a time, and each kind is compiled once.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selfdev_jax import errors
+from selfdev_jax import models
+
+# (base, task_vectors, coefficients) -> tensor of base's shape, float32.
+TensorMerge = Callable[[jax.Array, Sequence[jax.Array], jax.Array], jax.Array]
+# A per-layer shape -> the kernel for it and its coefficients.
+Method = Callable[[tuple[int, ...]], tuple[TensorMerge, np.ndarray]]
+
+MLP, ALL = "mlp", "all"
+
+
+def constant(fn: TensorMerge, coefficients: Sequence[float]) -> Method:
+  """A method that treats every shape alike."""
+  values = np.asarray(coefficients, np.float32)
+  return lambda shape: (fn, values)
+
+
+def leaf_shapes(params: models.Params, scope: str) -> list[tuple[int, ...]]:
+  """The distinct per-layer shapes that a merge of that scope meets, sorted."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return sorted(
+      {
+          _layer_shape(path, leaf)
+          for path, leaf in leaves
+          if _in_scope(path, scope)
+      }
+  )
+
+
+def check_experts(
+    base: models.Params, experts: dict[str, models.Params], seed_model: str
+):
+  """Asserts that the experts share the seed model's tensors.
+
+  Raises:
+    UserError: naming the expert, the tensor and both shapes.
+  """
+  expected = {
+      _name(path): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(base)
+  }
+  for name, expert in experts.items():
+    found = {
+        _name(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(expert)
+    }
+    for path in sorted(expected.keys() | found.keys()):
+      if expected.get(path) != found.get(path):
+        raise errors.UserError(
+            f"expert {name} does not fit seed model {seed_model}: {path} is"
+            f" {found.get(path, 'absent')} there and"
+            f" {expected.get(path, 'absent')} in the seed model; experts have"
+            " to be fine-tunes of the seed model"
+        )
+
+
+def merge(
+    method: Method,
+    base: models.Params,
+    experts: Sequence[models.Params],
+    scope: str,
+) -> tuple[models.Params, bool]:
+  """Merges the experts into the base model.
+
+  Args:
+    method: gives the kernel of each leaf kind.
+    base: the seed model's parameters, layers stacked.
+    experts: parameters of the same structure.
+    scope: `mlp` merges the MLP's weights, as the paper does, and leaves the
+      others the base's; `all` merges every leaf.
+
+  Returns:
+    (merged parameters in the base's dtypes, whether all are finite).
+  """
+  finite = []
+
+  def leaf(path, base, *experts):
+    if not _in_scope(path, scope):
+      return base
+    fn, coefficients = method(_layer_shape(path, base))
+    kernel = _kernel(fn, _is_stacked(path))
+    merged, is_finite = kernel(base, experts, coefficients)
+    finite.append(is_finite)
+    return merged
+
+  merged = jax.tree_util.tree_map_with_path(leaf, base, *experts)
+  return merged, all(bool(flag) for flag in finite)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(fn: TensorMerge, stacked: bool):
+  """`fn` jitted, over layers where there are some; compiled once a shape."""
+
+  def one(base, experts, coefficients):
+    wide = base.astype(jnp.float32)
+    deltas = [expert.astype(jnp.float32) - wide for expert in experts]
+    merged = fn(wide, deltas, coefficients)
+    return merged.astype(base.dtype), jnp.all(jnp.isfinite(merged))
+
+  def kernel(base, experts, coefficients):
+    over = jax.vmap(one, (0, 0, None)) if stacked else one
+    merged, finite = over(base, experts, coefficients)
+    return merged, jnp.all(finite)
+
+  return jax.jit(kernel)
+
+
+def _is_stacked(path) -> bool:
+  return path[0].key == "layers"
+
+
+def _in_scope(path, scope: str) -> bool:
+  return scope == ALL or any(key.key == "mlp" for key in path)
+
+
+def _layer_shape(path, leaf) -> tuple[int, ...]:
+  return tuple(leaf.shape[1:] if _is_stacked(path) else leaf.shape)
+
+
+def _name(path) -> str:
+  return "/".join(str(key.key) for key in path)

@@ -1,0 +1,25 @@
+"""Decoders in Flax NNX, their parameters as plain nested dicts."""
+
+from selfdev_jax.models.decoder import abstract_params
+from selfdev_jax.models.decoder import bind
+from selfdev_jax.models.decoder import causal_mask
+from selfdev_jax.models.decoder import DecoderConfig
+from selfdev_jax.models.decoder import forward
+from selfdev_jax.models.decoder import init_params
+from selfdev_jax.models.decoder import logits
+from selfdev_jax.models.decoder import Params
+from selfdev_jax.models.generation import generate
+from selfdev_jax.models.generation import pad_left
+
+__all__ = [
+    "DecoderConfig",
+    "Params",
+    "abstract_params",
+    "bind",
+    "causal_mask",
+    "forward",
+    "generate",
+    "init_params",
+    "logits",
+    "pad_left",
+]

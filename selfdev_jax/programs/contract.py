@@ -1,0 +1,133 @@
+"""What a generated program is, and which names it may use.
+
+A program is Python source that defines
+
+    def merge(base, task_vectors):  # -> array of base's shape
+
+where `base` is one float32 weight tensor of the seed model and `task_vectors`
+a list of arrays of the same shape, expert minus seed. It is traced, not run:
+its names are facades over jax.numpy, jax.lax, jax.nn and jax.random that leave
+out what reads, writes or calls back. The facades make honest programs work and
+give an early no; they are no wall, see selfdev_jax/sandbox.
+"""
+
+import builtins
+import functools
+import itertools
+import math
+import sys
+import types
+import typing
+from typing import Any
+
+ENTRY = "merge"
+MAX_SOURCE_CHARS = 20_000  # A completion of 512 tokens has about 2,000.
+
+BUILTINS = frozenset(
+    """abs all any bool dict divmod enumerate filter float frozenset int
+    isinstance iter len list map max min next pow print range repr reversed
+    round set slice sorted str sum tuple zip
+    ArithmeticError AssertionError Exception IndexError KeyError
+    NotImplementedError RuntimeError StopIteration TypeError ValueError
+    ZeroDivisionError True False None""".split()
+)
+
+# Attributes that touch files, the host or global state, or lead to frames.
+FORBIDDEN_ATTRIBUTES = frozenset(
+    """save savez savez_compressed load loadtxt savetxt genfromtxt fromfile
+    tofile dump dumps memmap frompyfunc from_dlpack fromiter fromregex
+    get_printoptions set_printoptions printoptions callback pure_callback
+    io_callback debug_callback host_callback custom_call ffi ffi_call config
+    debug profiler experimental extend interpreters distributed export jax2tf
+    infeed outfeed device_put device_get tracing
+    gi_frame gi_code gi_yieldfrom cr_frame ag_frame tb_frame tb_next f_back
+    f_globals f_locals f_builtins f_code""".split()
+)
+
+FORBIDDEN_NAMES = frozenset(
+    """open eval exec compile getattr setattr delattr hasattr globals locals
+    vars dir input breakpoint help exit quit type object super memoryview
+    bytearray classmethod staticmethod property id""".split()
+)
+
+_TYPING = (
+    "Any Callable Dict Iterable List Optional Sequence Tuple Union".split()
+)
+
+
+@functools.cache
+def modules() -> dict[str, types.SimpleNamespace]:
+  """Import name to facade: the only modules that a program can import."""
+  # Here, and not on top: reading a prompt needs no jax.
+  import jax  # pylint: disable=g-import-not-at-top
+  import jax.numpy as jnp
+  import jax.scipy.special
+
+  table = {
+      "math": _facade(math),
+      "functools": _pick(functools, ("partial", "reduce")),
+      "itertools": _facade(itertools),
+      "typing": _pick(typing, _TYPING),
+      "jax.lax": _facade(jax.lax, linalg=_facade(jax.lax.linalg)),
+      "jax.nn": _facade(jax.nn),
+      "jax.numpy.linalg": _facade(jnp.linalg),
+      "jax.numpy.fft": _facade(jnp.fft),
+      "jax.random": _facade(jax.random),
+      "jax.scipy.special": _facade(jax.scipy.special),
+  }
+  table["jax.numpy"] = _facade(
+      jnp, linalg=table["jax.numpy.linalg"], fft=table["jax.numpy.fft"]
+  )
+  table["jax.scipy"] = types.SimpleNamespace(special=table["jax.scipy.special"])
+  table["jax"] = _pick(
+      jax, ("Array", "jit", "vmap"),
+      **{name: table[f"jax.{name}"] for name in
+         ("lax", "nn", "numpy", "random", "scipy")},
+  )
+  return table
+
+
+def _pick(module, names, **submodules):
+  kept = {name: getattr(module, name) for name in names}
+  return types.SimpleNamespace(**kept, **submodules)
+
+
+def _facade(module, **submodules):
+  """A copy of a module's public names, without its modules and file access."""
+  names = [
+      name for name in dir(module)
+      if not name.startswith("_")
+      and name not in FORBIDDEN_ATTRIBUTES
+      and not isinstance(getattr(module, name), types.ModuleType)
+  ]
+  return _pick(module, names, **submodules)
+
+
+def import_module(
+    name: str, globals=None, locals=None, fromlist=(), level=0
+) -> Any:
+  """`__import__` for programs: a facade of `modules`, or an ImportError."""
+  del globals, locals
+  if isinstance(fromlist, list) and not fromlist and name in sys.modules:
+    # PyImport_Import in C code that the program called: it takes the import
+    # function of the calling frame, and ignores what that returns.
+    return None
+  if level or name not in modules():
+    raise ImportError(f"a program cannot import {name!r}")
+  return modules()[name if fromlist else name.partition(".")[0]]
+
+
+def namespace() -> dict[str, Any]:
+  """Fresh globals for one program: facades and the allowed builtins."""
+  allowed = {
+      name: getattr(builtins, name) for name in BUILTINS
+  } | {"__import__": import_module}
+  table = modules()
+  return {
+      "__builtins__": allowed,
+      "__name__": "program",
+      "jax": table["jax"],
+      "jnp": table["jax.numpy"],
+      "lax": table["jax.lax"],
+      "math": table["math"],
+  }

@@ -1,0 +1,54 @@
+"""Progress of a long step: a bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Lines:
+  """`update(n)` like tqdm's, printing a line now and then."""
+
+  def __init__(self, what: str, total: int, unit: str):
+    self._what, self._total, self._unit = what, total, unit
+    self._done, self._start = 0, time.monotonic()
+    self._last = self._start
+
+  def update(self, n: int = 1):
+    self._done += n
+    now = time.monotonic()
+    if now - self._last >= _SECONDS_BETWEEN_LINES and self._done < self._total:
+      self._last = now
+      rate = self._done / (now - self._start)
+      left = (self._total - self._done) / rate
+      self._print(f"{rate:.2f} {self._unit}/s, {left:.0f} s left")
+
+  def close(self):
+    seconds = time.monotonic() - self._start
+    rate = self._done / max(seconds, 1e-9)
+    self._print(f"{rate:.2f} {self._unit}/s, {seconds:.0f} s")
+
+  def _print(self, tail: str):
+    print(
+        f"{self._what}: {self._done}/{self._total}, {tail}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int, unit: str = "step") -> Iterator:
+  """Yields something with `update(n)`; shows a rate and the time left."""
+  if sys.stderr.isatty():
+    with tqdm.tqdm(total=total, desc=what, unit=unit) as shown:
+      yield shown
+    return
+  lines = _Lines(what, total, unit)
+  try:
+    yield lines
+  finally:
+    lines.close()

@@ -1,0 +1,139 @@
+"""What a run writes down: plain frozen records, one per row of the archive."""
+
+import dataclasses
+import math
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+LOOP = "loop"  # The arm whose factory is refined by DPO.
+CONTROL = "control"  # The same loop without DPO.
+ARMS = (LOOP, CONTROL)
+
+DEV = "dev"
+TEST = "test"
+
+# Standard normal quantile of a two-sided 95 % interval.
+_Z95 = 1.959963984540054
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+  """95 % Wilson score interval of a proportion.
+
+  Args:
+    correct: successes, 0 <= correct <= n.
+    n: trials, at least 1.
+
+  Returns:
+    (low, high), both in [0, 1].
+
+  References:
+    E. B. Wilson, Probable inference, JASA 22 (1927).
+  """
+  if not 0 <= correct <= n or n < 1:
+    raise ValueError(f"{correct} of {n} is no proportion")
+  p, z2 = correct / n, _Z95**2
+  centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+  half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+  return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """One sampled text of the factory."""
+
+  arm: str
+  iteration: int  # From 1.
+  item: int  # Position within the iteration.
+  text: str
+  finished: bool  # False when cut at the token limit.
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What admission said of one completion.
+
+  `digest` names the admitted program; a rejected one has stage, code, message.
+  """
+
+  arm: str
+  iteration: int
+  item: int
+  source: str
+  digest: str | None = None
+  stage: str = ""
+  code: str = ""
+  message: str = ""
+
+  @property
+  def admitted(self) -> bool:
+    return self.digest is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+  """One answer of a merged model."""
+
+  item: int
+  prompt: str
+  text: str
+  gold: str
+  extracted: str | None
+  correct: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Accuracy of one merged model on one split.
+
+  `model` is `program:DIGEST`, or a baseline such as `ties:density=0.5,...`,
+  `seed`, `expert:NAME`. `correct` is None where the merge gave non-finite
+  weights and nothing was evaluated.
+  """
+
+  model: str
+  split: str
+  n: int
+  correct: int | None
+  merge_s: float = 0.0
+  evaluate_s: float = 0.0
+
+  @property
+  def accuracy(self) -> float | None:
+    return None if self.correct is None else self.correct / self.n
+
+  @property
+  def interval(self) -> tuple[float, float] | None:
+    return None if self.correct is None else wilson(self.correct, self.n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """One preference: items of completions that share the factory's prompt."""
+
+  iteration: int  # Of the factory that the pair will refine.
+  item: int
+  prompt: str
+  chosen: str
+  rejected: str
+  chosen_digest: str
+  rejected_digest: str | None  # None: the rejected program did not run.
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Metrics of one DPO step, under TRL's names."""
+
+  iteration: int
+  step: int
+  metrics: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Wall-clock seconds that a stage took, resumed sessions each on their own."""
+
+  arm: str
+  iteration: int  # 0 for what belongs to no iteration.
+  stage: str
+  seconds: float

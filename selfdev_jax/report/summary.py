@@ -1,0 +1,189 @@
+"""The result of a run as one JSON object."""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from selfdev_jax import records
+from selfdev_jax import store as store_lib
+from selfdev_jax.report import intervals, reading
+
+# What the best settings of each family are called in the result.
+_BASELINES = {
+    "task_arithmetic": "task_arithmetic",
+    "ties": "ties",
+    "weights": "random_weights",
+}
+
+
+def summarize(store: store_lib.Store) -> dict[str, Any]:
+  """The result of a run, or as much of it as there is.
+
+  Everything but "seconds" is the same however often the run was interrupted.
+
+  Args:
+    store: an archive, also of an unfinished run.
+
+  Returns:
+    A dict that `json.dumps` takes. Accuracies are fractions; what has not
+    been computed yet is None or absent. "distinct" counts the different
+    programs an iteration admitted; the statistics of scores are over its
+    "evaluated" programs, those not admitted in an earlier iteration. "ci95"
+    belongs to the test score, "ci95_dev" to the development score; the
+    latter is too favourable where the model was chosen by it. "paired" is
+    the best program minus each baseline, on the items of the test set;
+    "lift" is the loop minus its control, from the second iteration.
+  """
+  run = reading.read(store)
+  candidates = run.candidates(records.LOOP)
+  best = reading.best(candidates)
+  chosen = _chosen(run)
+  loop, control = run.arms[records.LOOP], run.arms[records.CONTROL]
+  return {
+      "config": run.config["name"],
+      "seed_model": {
+          split: _accuracy(scores.get("seed"))
+          for split, scores in (
+              (records.DEV, run.dev),
+              (records.TEST, run.test),
+          )
+      },
+      "iterations": [_iteration(r) for r in loop],
+      "control": [_iteration(r) for r in control],
+      "baselines": {
+          name: {"model": score.model, "evaluated": n} | _scores(run, score)
+          for name, (score, n) in chosen.items()
+      },
+      "best": {
+          "program_id": best and reading.digest_of(best.model),
+          "evaluated": len(candidates),
+      }
+      | _scores(run, best),
+      "paired": {
+          name: comparison
+          for name, (score, _) in chosen.items()
+          if best and (comparison := _paired(store, best.model, score.model))
+      },
+      "lift": _lift(loop, control),
+      "seconds": seconds(store),
+  }
+
+
+def seconds(store: store_lib.Store) -> dict[str, float]:
+  """Wall-clock seconds of each stage, over arms, iterations and sessions."""
+  total = {}
+  for timing in store.timings():
+    total[timing.stage] = total.get(timing.stage, 0.0) + timing.seconds
+  return total
+
+
+def iteration_rows(
+    summary: Mapping[str, Any],
+) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any] | None]]:
+  """(arm, iteration, lift) of each line of a table of the iterations.
+
+  The first iteration is the same in both arms and has one line, "both"; the
+  lift stands with the control, whose mean it subtracts.
+  """
+  control = {row["t"]: row for row in summary["control"]}
+  lifts = {row["t"]: row for row in summary["lift"]}
+  rows = []
+  for row in summary["iterations"]:
+    t = row["t"]
+    rows.append(("both" if t == 1 else records.LOOP, row, None))
+    if t > 1 and t in control:
+      rows.append((records.CONTROL, control[t], lifts.get(t)))
+  return rows
+
+
+def _chosen(run):
+  """{baseline: (its best score on the development set, how many it tried)}."""
+  groups = {"control": run.candidates(records.CONTROL)}
+  groups |= {name: run.family(key) for key, name in _BASELINES.items()}
+  groups["seed"] = run.family("seed")
+  groups |= {s.model: [s] for s in run.family("expert")}
+  return {
+      name: (score, len(scores))
+      for name, scores in groups.items()
+      if (score := reading.best(scores))
+  }
+
+
+def _accuracy(score):
+  return score and score.accuracy
+
+
+def _scores(run, dev):
+  """Both scores of the model whose development score is `dev`."""
+  test = dev and run.test.get(dev.model)
+  return {
+      "dev": _accuracy(dev),
+      "test": _accuracy(test),
+      "n_test": test and test.n,
+      "ci95": _interval(test),
+      "n_dev": dev and dev.n,
+      "ci95_dev": _interval(dev),
+  }
+
+
+def _interval(score):
+  interval = score and score.interval
+  return interval and list(interval)
+
+
+def _iteration(r):
+  accuracies = r.accuracies
+  return {
+      "t": r.iteration,
+      "sampled": r.sampled,
+      "admitted": len(r.admitted),
+      "distinct": len(set(r.admitted)),
+      "evaluated": len(accuracies),
+      "mean_dev": statistics.fmean(accuracies) if accuracies else None,
+      "median_dev": statistics.median(accuracies) if accuracies else None,
+      "best_dev": max(accuracies, default=None),
+  }
+
+
+def _paired(store, first, second):
+  """First minus second model on the test items; None before both are known."""
+  a, b = (
+      {r.item: r.correct for r in store.responses(model, records.TEST)}
+      for model in (first, second)
+  )
+  items = a.keys() & b.keys()
+  if not items:
+    return None
+  better = sum(a[i] and not b[i] for i in items)
+  worse = sum(b[i] and not a[i] for i in items)
+  # A model does not differ from itself: the control may find the same program.
+  same = first == second
+  return {
+      "difference": (better - worse) / len(items),
+      "ci95": [0.0, 0.0]
+      if same
+      else list(intervals.paired(better, worse, len(items))),
+      "n": len(items),
+      "better": better,
+      "worse": worse,
+      "same_model": same,
+  }
+
+
+def _lift(loop, control):
+  """Mean of the loop's new programs minus the control's, each iteration."""
+  theirs = {r.iteration: r.accuracies for r in control}
+  return [
+      {
+          "t": r.iteration,
+          "difference": statistics.fmean(ours) - statistics.fmean(others),
+          "ci95": list(intervals.mean_difference(ours, others)),
+          "n_loop": len(ours),
+          "n_control": len(others),
+      }
+      for r in loop
+      # The first iteration is the same in both by construction.
+      if r.iteration > 1
+      and (ours := r.accuracies)
+      and (others := theirs.get(r.iteration))
+  ]

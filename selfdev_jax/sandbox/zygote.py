@@ -1,0 +1,217 @@
+"""A warm process that forks one throw-away child for every program.
+
+    python -m selfdev_jax.sandbox.zygote
+
+Started by `sandbox.Sandbox` with a scrubbed environment. It imports JAX and
+traces one program, so that a fork has everything loaded, but never initialises
+a JAX backend: tracing needs none, and threads do not survive a fork. It holds
+no secrets, weights or data: a child inherits its memory.
+
+A request on stdin is one JSON message, see `_Request`. The answer on stdout is
+two: a JSON header {"status", "output"} by this process, and the child's bytes,
+which nobody here reads. The end of stdin ends the zygote, also in the middle
+of a request; that is how it follows its parent into death. (Not by
+PR_SET_PDEATHSIG: it fires when the parent's *thread* ends.)
+"""
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import selectors
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+from selfdev_jax.sandbox import trace as trace_lib
+from selfdev_jax.sandbox import wire
+
+_WARM_UP = """
+def merge(base, task_vectors):
+  stacked = jnp.stack(task_vectors)
+  size = jnp.abs(stacked)
+  keep = size >= jnp.quantile(size, 0.5)
+  noise = jax.random.bernoulli(jax.random.PRNGKey(0), 0.5, base.shape)
+  weights = jax.nn.softmax(jnp.array([jnp.linalg.norm(t) for t in stacked]))
+  merged = jnp.einsum("i,i...->...", weights, jnp.where(keep, stacked, 0.0))
+  merged = lax.fori_loop(0, 2, lambda i, x: 0.5 * x, merged)
+  return base + noise * merged + jnp.median(stacked, axis=0)
+"""
+MAX_REQUEST_BYTES = 1 << 22
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_REPLY_FD = 3  # The only descriptor of a child besides 0, 1 and 2.
+_ORPHAN_ROUNDS = 1000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Request(NamedTuple):
+  """What the parent asks; the limits are those of `config.Sandbox`."""
+
+  source: str
+  shapes: list[list[int]]
+  num_experts: int
+  timeout_s: float
+  memory_bytes: int
+  output_bytes: int
+  ir_bytes: int
+  max_equations: int
+
+
+def main() -> None:
+  """Serves requests until stdin ends."""
+  trace_lib.trace(_WARM_UP, [(4, 4), (4,)], 2, 1000)
+  # Orphans of a child come back here, where they are killed.
+  _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+  # Nothing is collected in a child: pages stay shared, and it soon ends.
+  gc.collect()
+  gc.freeze()
+  while True:
+    try:
+      message = wire.receive(0, MAX_REQUEST_BYTES)
+    except wire.WireError:
+      return
+    header, reply = _serve(_Request(**json.loads(message)))
+    try:
+      wire.send(1, json.dumps(header).encode())
+      wire.send(1, reply)
+    except BrokenPipeError:
+      return
+
+
+def _serve(request):
+  """Runs one child to its end; returns the header and the child's bytes."""
+  reply_read, reply_write = os.pipe()
+  output_read, output_write = os.pipe()
+  pid = os.fork()
+  if pid == 0:
+    try:
+      _child(request, reply_write, output_write)
+    finally:
+      os._exit(1)
+  os.close(reply_write)
+  os.close(output_write)
+  try:
+    status, reply, output = _collect(request, reply_read, output_read)
+  finally:
+    code = _kill(pid)
+    os.close(reply_read)
+    os.close(output_read)
+  if status == "done" and code != 0:
+    status = f"crash {code}"
+  return {"status": status, "output": output.decode("utf-8", "replace")}, reply
+
+
+def _collect(request, reply_fd, output_fd):
+  """Reads both pipes until the reply ends, and enforces the wall clock."""
+  deadline = time.monotonic() + request.timeout_s
+  reply, output = bytearray(), bytearray()
+  with selectors.DefaultSelector() as selector:
+    for fd in (0, reply_fd, output_fd):
+      selector.register(fd, selectors.EVENT_READ)
+    while True:
+      ready = selector.select(max(0.0, deadline - time.monotonic()))
+      if time.monotonic() >= deadline:
+        return "timeout", b"", output
+      for key, _ in ready:
+        if key.fd == 0:
+          # The parent waits for us: this can only be the end of file.
+          sys.exit(0)
+        data = os.read(key.fd, 1 << 16)
+        if key.fd == output_fd:
+          # Read to the end, so that the program never blocks; kept up to a cap.
+          output += data[: request.output_bytes - len(output)]
+          if not data:
+            selector.unregister(output_fd)
+        elif data:
+          reply += data
+          if len(reply) > request.ir_bytes:
+            return "too_big", b"", output
+        else:
+          return "done", bytes(reply), output
+
+
+def _kill(pid):
+  """Ends a child, its session and its orphans; returns the exit code."""
+  # A child whose reply has ended is exiting: it gets 50 ms to do so by itself.
+  # WNOWAIT keeps it a zombie, so that its number names nobody else below.
+  for _ in range(50):
+    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+      break
+    time.sleep(0.001)
+  os.kill(pid, signal.SIGKILL)
+  try:
+    os.killpg(pid, signal.SIGKILL)  # What it forked into its own session.
+  except ProcessLookupError:
+    pass  # Killed before it had one.
+  _, status = os.waitpid(pid, 0)
+  # Descendants that left the session were handed to us, the subreaper. Each
+  # round may reveal the children of those that the last round killed.
+  for _ in range(_ORPHAN_ROUNDS):
+    orphans = _children()
+    if not orphans:
+      break
+    for orphan in orphans:
+      os.kill(orphan, signal.SIGKILL)
+      os.waitpid(orphan, 0)
+  return os.waitstatus_to_exitcode(status)
+
+
+def _children():
+  try:
+    with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+      return [int(x) for x in file.read().split()]
+  except FileNotFoundError:  # A kernel without CONFIG_PROC_CHILDREN.
+    return []
+
+
+def _child(request, reply_fd, output_fd):
+  """Confines this process, traces the program, writes the reply, exits."""
+  os.setsid()
+  _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  _confine_descriptors(reply_fd, output_fd)
+  _limit_resources(request)
+  try:
+    reply = trace_lib.trace(
+        request.source,
+        [tuple(shape) for shape in request.shapes],
+        request.num_experts,
+        request.max_equations,
+    )
+  except trace_lib.TraceError as error:
+    reply = json.dumps({"rejected": [error.stage, error.code, error.message]})
+  data = memoryview(reply.encode())
+  while data:
+    data = data[os.write(_REPLY_FD, data) :]
+  os._exit(0)
+
+
+def _confine_descriptors(reply_fd, output_fd):
+  # The parent's pipes are among those that close: a child cannot answer in
+  # the zygote's name.
+  null = os.open(os.devnull, os.O_RDONLY)
+  reply_fd, output_fd = os.dup(reply_fd), os.dup(output_fd)
+  for source, target in ((null, 0), (output_fd, 1), (output_fd, 2)):
+    os.dup2(source, target)
+  os.dup2(reply_fd, _REPLY_FD)
+  os.closerange(_REPLY_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _limit_resources(request):
+  with open("/proc/self/statm", encoding="ascii") as file:
+    mapped = int(file.read().split()[0]) * resource.getpagesize()
+  seconds = int(request.timeout_s) + 1  # Holds should the zygote be killed.
+  for limit, value in (
+      (resource.RLIMIT_AS, mapped + request.memory_bytes),
+      (resource.RLIMIT_CPU, seconds),
+      (resource.RLIMIT_FSIZE, 0),
+      (resource.RLIMIT_NOFILE, 16),
+      (resource.RLIMIT_CORE, 0),
+  ):
+    resource.setrlimit(limit, (value, value))
+
+
+if __name__ == "__main__":
+  main()

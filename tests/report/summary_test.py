@@ -1,0 +1,258 @@
+"""Numbers of the report against values computed by hand."""
+
+import json
+
+import pytest
+
+from selfdev_jax import records
+from selfdev_jax import store as store_lib
+from selfdev_jax.report import intervals, reading, summary, terminal, words
+
+STAGES = ("empty", "sampled", "admitted", "first", "dev", "test")
+
+
+def end_search(store):
+  """The archive takes test scores from here on."""
+  with store.stage(records.LOOP, 0, store_lib.SEARCH):
+    pass
+
+
+@pytest.fixture(name="result")
+def result_fixture(archive):
+  return summary.summarize(archive)
+
+
+def test_iterations(result):
+  first = {
+      "t": 1,
+      "sampled": 4,
+      "admitted": 3,
+      "distinct": 2,
+      "evaluated": 2,
+      "mean_dev": pytest.approx(0.5),
+      "median_dev": pytest.approx(0.5),
+      "best_dev": 0.6,
+  }
+  # d4 was admitted and then not finite; d1 was not new.
+  second = {
+      "t": 2,
+      "sampled": 4,
+      "admitted": 2,
+      "distinct": 2,
+      "evaluated": 1,
+      "mean_dev": 0.7,
+      "median_dev": 0.7,
+      "best_dev": 0.7,
+  }
+  assert result["config"] == "t"
+  assert result["seed_model"] == {"dev": 0.3, "test": 0.4}
+  assert result["iterations"] == [first, second]
+
+
+def test_control_shares_the_first_iteration_and_the_budget(result):
+  shared, second = result["control"]
+  assert shared == result["iterations"][0]
+  assert second["admitted"] == second["distinct"] == 4
+  assert second["evaluated"] == 2
+  assert second["mean_dev"] == pytest.approx(0.4)
+
+
+def test_lift(result):
+  (lift,) = result["lift"]
+  assert (lift["t"], lift["n_loop"], lift["n_control"]) == (2, 1, 2)
+  assert lift["difference"] == pytest.approx(0.3)
+  # Means of two draws from {0.5, 0.3}.
+  assert lift["ci95"] == pytest.approx([0.2, 0.4])
+
+
+def test_best(result):
+  assert result["best"] == {
+      "program_id": "d3",
+      "evaluated": 4,
+      "dev": 0.7,
+      "test": 0.75,
+      "n_test": 20,
+      "ci95": list(records.wilson(15, 20)),
+      "n_dev": 10,
+      "ci95_dev": list(records.wilson(7, 10)),
+  }
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "evaluated", "dev", "test"),
+    [
+        ("control", "program:d2", 4, 0.6, 0.7),
+        # A tie goes to what was evaluated first.
+        ("task_arithmetic", "task_arithmetic:scale=0.4", 2, 0.5, 0.75),
+        ("ties", "ties:density=0.5,scale=0.7", 1, 0.2, 0.2),
+        ("random_weights", "weights:0.31,0.7,-0.1", 2, 0.6, 1.0),
+        ("seed", "seed", 1, 0.3, 0.4),
+        ("expert:b", "expert:b", 1, 0.2, 0.25),
+    ],
+)
+def test_baselines(result, name, model, evaluated, dev, test):
+  entry = result["baselines"][name]
+  assert entry["model"] == model
+  assert entry["evaluated"] == evaluated
+  assert (entry["dev"], entry["test"], entry["n_test"]) == (dev, test, 20)
+  assert entry["ci95"] == list(records.wilson(round(20 * test), 20))
+
+
+def test_paired(result):
+  # d3 has items 0..14 right, the seed 10..17.
+  seed = result["paired"]["seed"]
+  assert (seed["better"], seed["worse"], seed["n"]) == (10, 3, 20)
+  assert seed["difference"] == pytest.approx(0.35)
+  assert seed["ci95"] == pytest.approx([0.012505, 0.623859], abs=1e-5)
+  # The same items right is no proof of equality.
+  even = result["paired"]["task_arithmetic"]
+  assert even["difference"] == 0.0
+  assert even["ci95"][0] < 0 < even["ci95"][1]
+  assert not even["same_model"]
+
+
+def test_model_does_not_differ_from_itself(tmp_path, build):
+  with build(tmp_path, "first") as store:
+    end_search(store)
+    store.add_score(
+        records.Score("program:d2", records.TEST, 1, 1),
+        [records.Response(0, "p", "1", "1", "1", True)],
+    )
+    result = summary.summarize(store)
+  control = result["paired"]["control"]
+  assert control["same_model"]
+  assert control["ci95"] == [0.0, 0.0]
+  assert "is the very program of the control's best" in words.verdict(result)
+
+
+def test_selection_ignores_the_test_set(archive, result):
+  # d2 would win on the test set.
+  archive.add_score(records.Score("program:d1", records.TEST, 20, 20))
+  assert summary.summarize(archive)["best"] == result["best"]
+  run = reading.read(archive)
+  assert [s.model for s in run.top()] == ["program:d3", "program:d2"]
+
+
+def test_rejections_count_every_completion_once(archive):
+  run = reading.read(archive)
+  loop = run.arms[records.LOOP]
+  assert reading.rejection_counts(loop) == {
+      ("filter", "syntax"): [1, 0],
+      ("run", "non_finite"): [0, 1],
+      ("trace", "shape"): [0, 1],
+  }
+  for r in loop:
+    assert len(r.admitted) + len(r.rejections) == r.sampled
+
+
+def test_seconds_add_up_over_sessions(archive):
+  with archive.timed(records.LOOP, 2, "sample"):
+    pass
+  mine = [t.seconds for t in archive.timings() if t.stage == "sample"]
+  assert len(mine) == 4
+  assert summary.summarize(archive)["seconds"]["sample"] == sum(mine)
+
+
+@pytest.mark.parametrize("until", STAGES)
+def test_unfinished(tmp_path, build, until):
+  with build(tmp_path, until) as store:
+    result = summary.summarize(store)
+  json.dumps(result, allow_nan=False)
+  assert terminal.table(result)
+  done = STAGES.index(until)
+  assert len(result["iterations"]) == (0 if done < 1 else 1 if done < 4 else 2)
+  assert (result["best"]["program_id"] is None) == (done < 3)
+  assert (result["best"]["test"] is None) == (done < 5)
+
+
+def test_same_result_from_two_runs(tmp_path, build):
+  results = []
+  for name in ("one", "two"):
+    with build(tmp_path / name) as store:
+      result = summary.summarize(store)
+    del result["seconds"]
+    results.append(json.dumps(result))
+  assert results[0] == results[1]
+
+
+def test_reads_beside_a_writer(tmp_path, build):
+  with (
+      build(tmp_path, "dev") as writer,
+      store_lib.Store.read(tmp_path) as reader,
+  ):
+    before = summary.summarize(reader)
+    end_search(writer)
+    writer.add_score(records.Score("program:d3", records.TEST, 20, 15))
+    after = summary.summarize(reader)
+  assert before["best"]["test"] is None
+  assert after["best"]["test"] == 0.75
+
+
+def test_table(result):
+  text = terminal.table(result)
+  assert max(map(len, text.splitlines())) <= 100
+  assert "\x1b" not in text
+  assert "75.0 [53.1, 88.8]" in text
+  assert "+30.0 [+20.0, +40.0]" in text
+  assert "n = 20" in text
+
+
+def test_verdict_names_what_is_not_beaten(result):
+  text = words.verdict(result)
+  assert "is above that of the control without DPO: +30.0 points" in text
+  assert "cannot be told from the control's best" in text
+  assert "is below the best random weights" in text
+  assert "is above the best TIES" in text
+  assert "every expert" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ([0.01, 0.2], "is above"),
+        ([-0.1, 0.2], "cannot be told from"),
+        ([-0.2, -0.01], "is below"),
+    ],
+)
+def test_lift_sentence(result, interval, expected):
+  result["lift"][-1]["ci95"] = interval
+  assert f"programs {expected} that of" in words.lift_sentence(result)
+
+
+def test_paired_interval():
+  low, high = intervals.paired(0, 0, 20)
+  assert low == -high and 0 < high < 0.15
+  low, high = intervals.paired(30, 10, 100)
+  assert (-high, -low) == pytest.approx(intervals.paired(10, 30, 100))
+  assert low < 0.2 < high
+  assert intervals.paired(5, 0, 5)[1] <= 1.0
+
+
+def test_bootstrap_interval():
+  assert intervals.mean_difference([0.5] * 3, [0.25] * 4) == (0.25, 0.25)
+  first, second = [0.1, 0.5, 0.6, 0.9] * 30, [0.2, 0.4, 0.5] * 30
+  low, high = intervals.mean_difference(first, second)
+  assert (low, high) == intervals.mean_difference(first, second)
+  # Against the normal approximation, within the bootstrap's own noise.
+  half = 1.96 * (0.081875 / 120 + 0.0155556 / 90) ** 0.5
+  assert low == pytest.approx(0.525 - 0.366667 - half, abs=0.01)
+  assert high == pytest.approx(0.525 - 0.366667 + half, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("expert:tiny:addition", "expert addition"),
+        ("expert:/models/WizardMath-7B/", "expert WizardMath-7B"),
+        ("ties", "TIES"),
+    ],
+)
+def test_label(name, expected):
+  assert words.label(name) == expected
+
+
+def test_ties_go_by_the_order_of_the_arm(tmp_path, build):
+  with build(tmp_path, "admitted") as store:
+    for digest in ("d2", "d1"):
+      store.add_score(records.Score(f"program:{digest}", records.DEV, 10, 5))
+    assert summary.summarize(store)["best"]["program_id"] == "d1"
