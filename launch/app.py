@@ -1,13 +1,16 @@
 """How every launch script ends: in a result, or in one line that helps."""
 
+import difflib
 import errno
 import os
+import runpy
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app as absl_app
+from absl import flags
 from absl import logging
 
 # The models come from directories; nothing is looked up on a hub.
@@ -15,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # transformers says that it found no PyTorch; none is needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from selfdev_jax import config as config_lib  # noqa: E402
 from selfdev_jax import errors  # noqa: E402
 
 _DISK_FULL = "database or disk is full"
@@ -40,11 +44,47 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     except (OSError, sqlite3.OperationalError) as error:
       is_full = getattr(error, "errno", None) == errno.ENOSPC
       if is_full or _DISK_FULL in str(error):
-        _fail(f"the disk is full ({error}); make room, the same command resumes")
+        _fail(
+            f"the disk is full ({error}); make room, the same command resumes"
+        )
       raise
 
   logging.set_verbosity(logging.WARNING)
-  absl_app.run(guarded)
+  absl_app.run(guarded, flags_parser=_parse)
+
+
+def load_config(holder: flags.FlagHolder) -> config_lib.Config:
+  """The config behind a `DEFINE_config_file` flag, checked.
+
+  Raises:
+    UserError: if the file cannot be loaded, or for what the config holds.
+  """
+  try:
+    return config_lib.from_config_dict(holder.value)
+  except OSError as error:  # What ml_collections raises at the first look.
+    reason = " ".join(str(error.__cause__ or error).split())
+    raise errors.UserError(f"--{holder.name}: {reason}") from None
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """absl's parser, with one line for an override of a key that is not there.
+
+  ml_collections raises an AttributeError or KeyError for it.
+  """
+  try:
+    return absl_app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError):
+    given = [a.lstrip("-").partition("=")[::2] for a in argv[1:]]
+    files = {name: value for name, value in given if name in flags.FLAGS}
+    for flag, _ in given:
+      name, _, key = flag.partition(".")
+      if key and name in files:
+        tree = runpy.run_path(files[name])["get_config"]()
+        known = config_lib.flatten(tree.to_dict())
+        if key not in known:
+          (near,) = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+          _fail(f"unknown config key '{key}'; did you mean '{near}'?")
+    raise
 
 
 def _fail(message: str) -> NoReturn:

@@ -12,7 +12,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import app
-from selfdev_jax import config as config_lib
 from selfdev_jax import loop
 from selfdev_jax import report
 from selfdev_jax import store
@@ -28,7 +27,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_):
-  config = config_lib.from_config_dict(_CONFIG.value)
+  config = app.load_config(_CONFIG)
   loop.run(config, _WORKDIR.value, world.prepare(config))
   with store.Store.read(_WORKDIR.value) as archive:
     summary = report.summarize(archive)

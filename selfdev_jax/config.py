@@ -138,7 +138,7 @@ class World:
   skill_learning_rates: tuple[float, ...] = (1e-3, 1e-3, 1e-3)
   skill_problems: int = _between(2500, 1)
   replay: float = _between(2 / 7, 0.0, 1.0)  # Share of other operations.
-  house: Training = Training(steps=50, learning_rate=5e-3)
+  house: Training = Training(steps=50, learning_rate=8e-3)
 
 
 @dataclasses.dataclass(frozen=True)

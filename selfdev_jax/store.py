@@ -91,10 +91,10 @@ class Store:
     path = pathlib.Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
     db = sqlite3.connect(path / _ARCHIVE, isolation_level=None)
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA foreign_keys=ON")
     store = cls(db, path)
     try:
+      db.execute("PRAGMA journal_mode=WAL")
+      db.execute("PRAGMA foreign_keys=ON")
       has_tables = db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
     except sqlite3.DatabaseError as error:
       raise StoreError(f"{path / _ARCHIVE} is no archive: {error}") from None

@@ -11,5 +11,38 @@ os.environ["XLA_FLAGS"] = (
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def random_params():
+  """make(config) -> NumPy parameters; `models.init_params` compiles for 3 s.
+
+  The norms' scales are random too, which an initial model's are not.
+  """
+  from selfdev_jax import models
+
+  def make(config):
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+      if path[-1].key.endswith("norm"):
+        return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+      std = leaf.shape[-2] ** -0.5 if path[0].key != "embed" else 0.5
+      return rng.normal(0.0, std, leaf.shape).astype(np.float32)
+
+    abstract = models.abstract_params(config)
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def unoptimized():
+  """Half the time to compile, twice the time to run: for small shapes."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

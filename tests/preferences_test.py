@@ -55,24 +55,18 @@ class BuildTest(parameterized.TestCase):
     self.assertEqual(_digests(pairs), list(expected))
     self.assertEqual(
         pairs[0],
-        records.Pair(
-            2, 0, "the prompt", "text p1", "text p9", "p1", "p9"
-        ),
+        records.Pair(2, 0, "the prompt", "text p1", "text p9", "p1", "p9"),
     )
     self.assertEqual([pair.item for pair in pairs], list(range(6)))
 
   def test_matched_cycles_the_shorter_side(self):
-    pairs = _build(
-        _candidates(5, 9, 1, 7, 2, 3, 6, 8, 4, 0), pairing="matched"
-    )
+    pairs = _build(_candidates(5, 9, 1, 7, 2, 3, 6, 8, 4, 0), pairing="matched")
     self.assertEqual(
         _digests(pairs), [("p1", "p9"), ("p7", "p2"), ("p1", "p4")]
     )
 
   def test_ties_at_both_thresholds_go_to_the_earlier_item(self):
-    pairs = _build(
-        _candidates(3, 8, 8, 8, 3, 3, 3, 5, 5, 5), top_fraction=0.2
-    )
+    pairs = _build(_candidates(3, 8, 8, 8, 3, 3, 3, 5, 5, 5), top_fraction=0.2)
     self.assertEqual({pair.chosen_digest for pair in pairs}, {"p1", "p2"})
     self.assertEqual(
         {pair.rejected_digest for pair in pairs}, {"p0", "p4", "p5"}
@@ -100,9 +94,7 @@ class BuildTest(parameterized.TestCase):
     pairs = _build(_candidates(*range(10)), earlier=earlier)
     chosen = list(dict.fromkeys(pair.chosen_digest for pair in pairs))
     self.assertEqual(chosen, ["p9", "p8", "a0", "a2", "b2", "b0"])
-    self.assertFalse(
-        {pair.rejected_digest for pair in pairs} & {"a1", "b1"}
-    )
+    self.assertFalse({pair.rejected_digest for pair in pairs} & {"a1", "b1"})
     # b0 scored 2: it is preferred to p0 and p1, not to its equal p2.
     self.assertEqual(
         [pair for pair in _digests(pairs) if pair[0] == "b0"],
@@ -118,7 +110,9 @@ class BuildTest(parameterized.TestCase):
   def test_a_share_of_the_rejected_did_not_run(self):
     invalid = ["broken 0", "broken 1", "broken 1", "text p9"]
     pairs = _build(
-        _candidates(*range(10)), invalid=invalid, invalid_fraction=0.5,
+        _candidates(*range(10)),
+        invalid=invalid,
+        invalid_fraction=0.5,
         bottom_fraction=0.4,
     )
     rejected = {(p.rejected, p.rejected_digest) for p in pairs}
@@ -157,7 +151,10 @@ class BuildTest(parameterized.TestCase):
     for trial in range(200):
       now, before = (
           _candidates(
-              *(rng.choice([None, *range(5)]) for _ in range(rng.randrange(12))),
+              *(
+                  rng.choice([None, *range(5)])
+                  for _ in range(rng.randrange(12))
+              ),
               prefix=prefix,
           )
           for prefix in ("p", "p" if trial % 2 else "q")
@@ -166,7 +163,10 @@ class BuildTest(parameterized.TestCase):
       # A program has one score, whenever it was sampled.
       before = [
           dataclasses.replace(
-              c, score=next((n.score for n in now if n.digest == c.digest), c.score)
+              c,
+              score=next(
+                  (n.score for n in now if n.digest == c.digest), c.score
+              ),
           )
           for c in before
       ]

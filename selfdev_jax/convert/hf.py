@@ -37,6 +37,7 @@ _TABLE = {
     "head": "lm_head.weight",
 }
 _NOT_TRANSPOSED = ("embed", "norm")
+_DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = "model.safetensors"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -71,7 +72,7 @@ def set_path(tree: models.Params, path: str, value: Any):
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise ConvertError(
         f"{path.parent} is no Hugging Face model directory: {path.name} is"
@@ -79,6 +80,9 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     ) from None
   except (ValueError, OSError) as error:
     raise ConvertError(f"{path} cannot be read: {error}") from None
+  if not isinstance(value, dict):
+    raise ConvertError(f"{path} cannot be read: it holds no JSON object")
+  return value
 
 
 def read_config(directory: str | os.PathLike) -> models.DecoderConfig:
@@ -102,8 +106,18 @@ def read_config(directory: str | os.PathLike) -> models.DecoderConfig:
         f"{directory} has a sliding window of {hf['sliding_window']}, which is"
         " not supported"
     )
-  # transformers 5 moved rope_theta into rope_parameters.
-  rope = hf.get("rope_parameters") or {}
+  if hf.get("hidden_act", "silu") != "silu":
+    raise ConvertError(
+        f"{directory} has the hidden_act {hf['hidden_act']!r}; supported:"
+        " 'silu'"
+    )
+  # transformers 5 moved rope_theta and rope_scaling into rope_parameters.
+  rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  rope_type = rope.get("rope_type", rope.get("type", "default"))
+  if rope_type != "default":
+    raise ConvertError(
+        f"{directory} has the rope_type {rope_type!r}; supported: 'default'"
+    )
   try:
     heads = hf["num_attention_heads"]
     return models.DecoderConfig(
@@ -173,7 +187,7 @@ def load(
 
   Raises:
     ConvertError: naming the directory, and the tensor that is missing, unknown
-      or of another shape than config.json says.
+      or of another shape than config.json says or not of a float dtype.
   """
   config = read_config(directory)
   path = pathlib.Path(directory) / _WEIGHTS
@@ -201,8 +215,17 @@ def load(
                 f"{path}: {name} has shape {value.shape} as [in, out], but"
                 f" config.json asks for {leaf_shape}"
             )
+          # Layers are stacked: of one dtype, and nothing is promoted.
+          dtypes = [str(parts[0].dtype)] if parts else _DTYPES
+          if str(value.dtype) not in dtypes:
+            raise ConvertError(
+                f"{path}: {name} has dtype {value.dtype}; expected:"
+                f" {', '.join(dtypes)}"
+            )
           parts.append(value)
-        set_path(params, target, np.stack(parts) if stacked else parts[0].copy())
+        set_path(
+            params, target, np.stack(parts) if stacked else parts[0].copy()
+        )
   except safetensors.SafetensorError as error:
     raise ConvertError(f"{path} cannot be read: {error}") from None
   if unknown:

@@ -84,7 +84,10 @@ def tokenize(
       is_completion,
       np.array(
           [
-              (index[pair.prompt, pair.chosen], index[pair.prompt, pair.rejected])
+              (
+                  index[pair.prompt, pair.chosen],
+                  index[pair.prompt, pair.rejected],
+              )
               for pair in pairs
           ],
           np.int32,

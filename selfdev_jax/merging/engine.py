@@ -4,7 +4,10 @@ A leaf kind is a per-layer shape. Layers are vmapped, so a method or a program
 sees one tensor at a time, and each kind is compiled once.
 """
 
+import collections
+import concurrent.futures
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -85,19 +88,34 @@ def merge(
   Returns:
     (merged parameters in the base's dtypes, whether all are finite).
   """
-  finite = []
+  leaves, structure = jax.tree_util.tree_flatten_with_path(base)
+  paths = [path for path, _ in leaves]
+  merged = [leaf for _, leaf in leaves]
+  expert_leaves = [jax.tree.leaves(expert) for expert in experts]
+  kinds = collections.defaultdict(list)
+  for i, path in enumerate(paths):
+    if _in_scope(path, scope):
+      kinds[_is_stacked(path), merged[i].shape].append(i)
 
-  def leaf(path, base, *experts):
-    if not _in_scope(path, scope):
-      return base
-    fn, coefficients = method(_layer_shape(path, base))
-    kernel = _kernel(fn, _is_stacked(path))
-    merged, is_finite = kernel(base, experts, coefficients)
-    finite.append(is_finite)
-    return merged
+  def merge_kind(indices):
+    fn, coefficients = method(
+        _layer_shape(paths[indices[0]], merged[indices[0]])
+    )
+    kernel = _kernel(fn, _is_stacked(paths[indices[0]]))
+    finite = []
+    for i in indices:
+      deltas_from = [leaves[i] for leaves in expert_leaves]
+      merged[i], is_finite = kernel(merged[i], deltas_from, coefficients)
+      finite.append(is_finite)
+    return finite
 
-  merged = jax.tree_util.tree_map_with_path(leaf, base, *experts)
-  return merged, all(bool(flag) for flag in finite)
+  # A new program costs more to compile than to apply, and XLA compiles outside
+  # of Python's lock: the kinds are compiled side by side.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    finite = [
+        flag for flags in pool.map(merge_kind, kinds.values()) for flag in flags
+    ]
+  return jax.tree.unflatten(structure, merged), all(map(bool, finite))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -77,7 +77,7 @@ def _linear(x, kernel, lora):
   """`x @ kernel`, plus the low-rank update (x A) B where there is one."""
   y = x @ kernel
   if lora is not None:
-    y += ((x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype))
+    y += (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
   return y
 
 
@@ -115,7 +115,9 @@ class Attention(nnx.Module):
       k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
       v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
       cache = keys, values
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    # Inside, it takes the logits from bfloat16 to float32 by promotion.
+    with jax.numpy_dtype_promotion("standard"):
+      y = jax.nn.dot_product_attention(q, k, v, mask=mask)
     y = y.reshape(*y.shape[:2], -1)
     return _linear(y, self.o[...], lora.get("o")), cache
 
@@ -235,13 +237,13 @@ def abstract_params(config: DecoderConfig) -> Params:
 
 def init_params(config: DecoderConfig, seed: int) -> Params:
   """Random float32 parameters: normal, std 1/sqrt(fan in), 0.02 embedded."""
+  return _init(config, jax.random.key(seed))
 
-  @jax.jit
-  def init(key):
-    model = Decoder(config, rngs=nnx.Rngs(key))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-  return init(jax.random.key(seed))
+@functools.partial(jax.jit, static_argnames="config")
+def _init(config: DecoderConfig, key: jax.Array) -> Params:
+  model = Decoder(config, rngs=nnx.Rngs(key))
+  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def bind(config: DecoderConfig, params: Params) -> Decoder:

@@ -23,36 +23,41 @@ from typing import Any
 ENTRY = "merge"
 MAX_SOURCE_CHARS = 20_000  # A completion of 512 tokens has about 2,000.
 
-BUILTINS = frozenset(
-    """abs all any bool dict divmod enumerate filter float frozenset int
+
+def _words(text):
+  """The words of a text, as a set."""
+  return frozenset(text.split())
+
+
+BUILTINS = _words("""
+    abs all any bool dict divmod enumerate filter float frozenset int
     isinstance iter len list map max min next pow print range repr reversed
-    round set slice sorted str sum tuple zip
-    ArithmeticError AssertionError Exception IndexError KeyError
-    NotImplementedError RuntimeError StopIteration TypeError ValueError
-    ZeroDivisionError True False None""".split()
-)
+    round set slice sorted str sum tuple zip ArithmeticError AssertionError
+    Exception IndexError KeyError NotImplementedError RuntimeError
+    StopIteration TypeError ValueError ZeroDivisionError True False None
+""")
 
 # Attributes that touch files, the host or global state, or lead to frames.
-FORBIDDEN_ATTRIBUTES = frozenset(
-    """save savez savez_compressed load loadtxt savetxt genfromtxt fromfile
+FORBIDDEN_ATTRIBUTES = _words("""
+    save savez savez_compressed load loadtxt savetxt genfromtxt fromfile
     tofile dump dumps memmap frompyfunc from_dlpack fromiter fromregex
     get_printoptions set_printoptions printoptions callback pure_callback
     io_callback debug_callback host_callback custom_call ffi ffi_call config
     debug profiler experimental extend interpreters distributed export jax2tf
-    infeed outfeed device_put device_get tracing
-    gi_frame gi_code gi_yieldfrom cr_frame ag_frame tb_frame tb_next f_back
-    f_globals f_locals f_builtins f_code""".split()
-)
+    infeed outfeed device_put device_get tracing gi_frame gi_code gi_yieldfrom
+    cr_frame ag_frame tb_frame tb_next f_back f_globals f_locals f_builtins
+    f_code
+""")
 
-FORBIDDEN_NAMES = frozenset(
-    """open eval exec compile getattr setattr delattr hasattr globals locals
-    vars dir input breakpoint help exit quit type object super memoryview
-    bytearray classmethod staticmethod property id""".split()
-)
+FORBIDDEN_NAMES = _words("""
+    open eval exec compile getattr setattr delattr hasattr globals locals vars
+    dir input breakpoint help exit quit type object super memoryview bytearray
+    classmethod staticmethod property id
+""")
 
-_TYPING = (
-    "Any Callable Dict Iterable List Optional Sequence Tuple Union".split()
-)
+_TYPING = _words("""
+    Any Callable Dict Iterable List Optional Sequence Tuple Union
+""")
 
 
 @functools.cache
@@ -80,9 +85,12 @@ def modules() -> dict[str, types.SimpleNamespace]:
   )
   table["jax.scipy"] = types.SimpleNamespace(special=table["jax.scipy.special"])
   table["jax"] = _pick(
-      jax, ("Array", "jit", "vmap"),
-      **{name: table[f"jax.{name}"] for name in
-         ("lax", "nn", "numpy", "random", "scipy")},
+      jax,
+      ("Array", "jit", "vmap"),
+      **{
+          name: table[f"jax.{name}"]
+          for name in ("lax", "nn", "numpy", "random", "scipy")
+      },
   )
   return table
 
@@ -95,7 +103,8 @@ def _pick(module, names, **submodules):
 def _facade(module, **submodules):
   """A copy of a module's public names, without its modules and file access."""
   names = [
-      name for name in dir(module)
+      name
+      for name in dir(module)
       if not name.startswith("_")
       and name not in FORBIDDEN_ATTRIBUTES
       and not isinstance(getattr(module, name), types.ModuleType)
@@ -119,9 +128,9 @@ def import_module(
 
 def namespace() -> dict[str, Any]:
   """Fresh globals for one program: facades and the allowed builtins."""
-  allowed = {
-      name: getattr(builtins, name) for name in BUILTINS
-  } | {"__import__": import_module}
+  allowed = {name: getattr(builtins, name) for name in BUILTINS} | {
+      "__import__": import_module
+  }
   table = modules()
   return {
       "__builtins__": allowed,

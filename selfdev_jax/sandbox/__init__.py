@@ -16,7 +16,7 @@ What this stops, each line attacked in tests/sandbox/test_hostile.py:
   - processes that a program leaves behind: its session and its orphans are
     killed;
   - writing bytes to files: RLIMIT_FSIZE;
-  - reaching the caller's memory, environment, descriptors or pipes: another
+  - inheriting the caller's memory, environment, descriptors or pipes: another
     process, exec'd with a scrubbed environment, all descriptors closed;
   - one program changing what the next one sees: a child serves one program;
   - forged answers: the verifier takes IR alone, with JAX's own types and
@@ -25,9 +25,10 @@ What this stops, each line attacked in tests/sandbox/test_hostile.py:
 What this does not stop yet: a program that breaks out of the restricted
 builtins (which is possible; they and the AST filter are there for a good
 reason in the rejection, not for security) runs with the user's rights. It may
-read and delete files, create empty ones, open sockets and signal processes of
-the same user. Kernel layers (seccomp, Landlock, namespaces, another uid) come
-around the child, in `zygote._child`; nothing else has to change for them.
+read and delete files, create empty ones, open sockets, signal processes of the
+same user and look into them through /proc, the caller's included. Kernel layers
+(seccomp, Landlock, namespaces, another uid) come around the child, in
+`zygote._child`; nothing else has to change for them.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Sequence
+from collections.abc import Sequence
 
 from selfdev_jax import config as config_lib
 from selfdev_jax.programs import contract
@@ -130,8 +131,10 @@ class Sandbox:
     """
     if len(source) > contract.MAX_SOURCE_CHARS:
       return Rejection(
-          "filter", "too_long", f"The program has {len(source)} characters; at"
-          f" most {contract.MAX_SOURCE_CHARS} are taken."
+          "filter",
+          "too_long",
+          f"The program has {len(source)} characters; at"
+          f" most {contract.MAX_SOURCE_CHARS} are taken.",
       )
     with self._lock:
       try:
@@ -173,17 +176,7 @@ class Sandbox:
       deadline = time.monotonic() + _GRACE_S
     deadline += self._limits.timeout_s
     limits = self._limits
-    request = {
-        "source": source,
-        "shapes": self._shapes,
-        "num_experts": self._num_experts,
-        "timeout_s": limits.timeout_s,
-        "memory_bytes": limits.memory_bytes,
-        "output_bytes": limits.output_bytes,
-        "ir_bytes": limits.ir_bytes,
-        "max_equations": limits.max_equations,
-    }
-    wire.send(self._zygote.stdin.fileno(), json.dumps(request).encode())
+    self._send(source)
     stdout = self._zygote.stdout.fileno()
     # \ufffd is three bytes, six characters in JSON.
     header = wire.receive(stdout, 8 * limits.output_bytes + 4096, deadline)
@@ -214,6 +207,21 @@ class Sandbox:
         close_fds=True,
         start_new_session=True,  # Ctrl-C is for this process alone.
     )
+    limits = self._limits
+    self._send(
+        {
+            "shapes": self._shapes,
+            "num_experts": self._num_experts,
+            "timeout_s": limits.timeout_s,
+            "memory_bytes": limits.memory_bytes,
+            "output_bytes": limits.output_bytes,
+            "ir_bytes": limits.ir_bytes,
+            "max_equations": limits.max_equations,
+        }
+    )
+
+  def _send(self, message):
+    wire.send(self._zygote.stdin.fileno(), json.dumps(message).encode())
 
   def _stop(self):
     if self._zygote is None:
@@ -227,18 +235,24 @@ class Sandbox:
   def _failure(self, status):
     if status == "timeout":
       return Rejection(
-          "trace", "timeout", "Tracing the program took more than"
-          f" {self._limits.timeout_s:g} s; write fewer or shorter loops."
+          "trace",
+          "timeout",
+          "Tracing the program took more than"
+          f" {self._limits.timeout_s:g} s; write fewer or shorter loops.",
       )
     if status == "too_big":
       return Rejection(
-          "trace", "ir_bytes", "The traced program has more than"
+          "trace",
+          "ir_bytes",
+          "The traced program has more than"
           f" {self._limits.ir_bytes} bytes; write shorter loops or smaller"
-          " constants."
+          " constants.",
       )
     return Rejection(
-        "trace", "crash", "The process that traced the program died; it may"
-        " have used too much memory."
+        "trace",
+        "crash",
+        "The process that traced the program died; it may"
+        " have used too much memory.",
     )
 
 

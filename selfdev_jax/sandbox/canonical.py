@@ -9,11 +9,14 @@ of commutative primitives are sorted, x + 0 and x * 1 are x (`sum` starts at
 
 import hashlib
 import json
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from selfdev_jax.sandbox import ir
 
-_COMMUTATIVE = frozenset("add mul max min and or xor eq ne".split())
+_COMMUTATIVE = ir.words("""
+    add mul max min and or xor eq ne
+""")
 _MIRRORED = {"gt": "lt", "ge": "le"}
 # Neutral right operands; a commutative primitive takes them on the left too.
 _NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
@@ -67,7 +70,8 @@ def _operand(operand, values: Sequence[_Value]):
     value = operand.value
     return _Value(
         _hash(["literal", str(value.dtype), repr(value.item())]),
-        ((), str(value.dtype)), value.item()
+        ((), str(value.dtype)),
+        value.item(),
     )
   return values[operand]
 
@@ -82,7 +86,7 @@ def _apply(equation, operands, avals):
     params = _control(equation)
   else:
     params = ir.encode_params(equation)
-  if name == "integer_pow" and params["y"] == 2 or name == "square":
+  if (name == "integer_pow" and params["y"] == 2) or name == "square":
     name, params, operands = "mul", {}, operands * 2
   if name in _MIRRORED:
     name, operands = _MIRRORED[name], operands[::-1]

@@ -87,8 +87,10 @@ def _check_entry(tree):
   takes_two = required <= 2 and (positional >= 2 or arguments.vararg)
   if not takes_two or None in arguments.kw_defaults:
     _refuse(
-        entry, "arity", f"{contract.ENTRY} has to take two arguments, base and"
-        " task_vectors."
+        entry,
+        "arity",
+        f"{contract.ENTRY} has to take two arguments, base and"
+        " task_vectors.",
     )
 
 
@@ -110,8 +112,10 @@ def _import_from(node):
 
 def _refuse_import(node, name):
   _refuse(
-      node, "import", f"cannot import {name[:60]}; a program may use jax.numpy,"
-      " jax.lax, jax.nn, jax.random, math, functools, itertools and typing."
+      node,
+      "import",
+      f"cannot import {name[:60]}; a program may use jax.numpy,"
+      " jax.lax, jax.nn, jax.random, math, functools, itertools and typing.",
   )
 
 

@@ -6,7 +6,8 @@ an operand that was not yet computed cannot even be written. An operand is such
 a number or a scalar literal. `scan` and `cond` hold nested blocks; calls
 (`jit`, custom derivatives, checkpointing) are inlined. In JSON:
 
-    block    = {"inputs": n, "equations": [equation...], "outputs": [operand...]}
+    block    = {"inputs": n, "equations": [equation...],
+                "outputs": [operand...]}
     equation = [primitive, [operand...], {parameter: ...}, number of outputs]
     operand  = n | [dtype, number, boolean, "nan", "inf", "-inf" or [re, im]]
     program  = {"version": 1, "num_experts": n,
@@ -19,13 +20,14 @@ Parameters are spelled out by a codec per primitive. What is not in
 import dataclasses
 import json
 import operator
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 VERSION = 1
 _MAX_INT = 2**31  # No dimension, axis or length is larger.
@@ -88,19 +90,21 @@ class Program:
   leaves: dict[tuple[int, ...], Block]
 
 
+def words(text):
+  """The words of a text, as a set."""
+  return frozenset(text.split())
+
+
 def _malformed(what):
   return IRError("malformed", f"The program IR is malformed: {what}.")
 
 
 # --- Scalars -----------------------------------------------------------------
 
-_DTYPES = {
-    name: jnp.dtype(name)
-    for name in (
-        "bool int8 int16 int32 uint8 uint16 uint32 float16 bfloat16 float32"
-        " complex64"
-    ).split()
-}
+_DTYPES = {name: jnp.dtype(name) for name in words("""
+        bool int8 int16 int32 uint8 uint16 uint32 float16 bfloat16 float32
+        complex64
+    """)}
 
 
 def _encode_dtype(dtype):
@@ -131,7 +135,7 @@ def _encode_number(value):
 
 
 def _decode_number(node, dtype):
-  if dtype == bool:
+  if dtype == np.dtype(bool):
     if type(node) is not bool:
       raise _malformed("a boolean literal")
   elif jnp.issubdtype(dtype, jnp.integer):
@@ -238,13 +242,11 @@ _AXIS = _int(0, MAX_RANK - 1)
 _AXES = _tuple(_AXIS, MAX_RANK)
 _NUMBER = Codec(
     lambda value: _encode_number(np.asarray(value)[()]),
-    lambda node: node if type(node) is int else float(
-        _decode_number(node, _DTYPES["float32"])
-    ),
+    lambda node: node
+    if type(node) is int
+    else float(_decode_number(node, _DTYPES["float32"])),
 )
-_PRECISION = _optional(
-    _tuple(_choice(**{p.name: p for p in lax.Precision}), 2)
-)
+_PRECISION = _optional(_tuple(_choice(**{p.name: p for p in lax.Precision}), 2))
 _MODE = _choice(**{m.name: m for m in lax.GatherScatterMode})
 
 
@@ -263,14 +265,20 @@ def _record(cls, **fields):
 
 
 _GATHER_DIMENSIONS = _record(
-    lax.GatherDimensionNumbers, offset_dims=_AXES, collapsed_slice_dims=_AXES,
-    start_index_map=_AXES, operand_batching_dims=_AXES,
+    lax.GatherDimensionNumbers,
+    offset_dims=_AXES,
+    collapsed_slice_dims=_AXES,
+    start_index_map=_AXES,
+    operand_batching_dims=_AXES,
     start_indices_batching_dims=_AXES,
 )
 _SCATTER_DIMENSIONS = _record(
-    lax.ScatterDimensionNumbers, update_window_dims=_AXES,
-    inserted_window_dims=_AXES, scatter_dims_to_operand_dims=_AXES,
-    operand_batching_dims=_AXES, scatter_indices_batching_dims=_AXES,
+    lax.ScatterDimensionNumbers,
+    update_window_dims=_AXES,
+    inserted_window_dims=_AXES,
+    scatter_dims_to_operand_dims=_AXES,
+    operand_batching_dims=_AXES,
+    scatter_indices_batching_dims=_AXES,
 )
 
 
@@ -292,7 +300,9 @@ def _decode_array(node):
       data
   ):
     raise _malformed("the size of a constant")
-  return np.array([_decode_number(x, dtype) for x in data], dtype).reshape(shape)
+  return np.array([_decode_number(x, dtype) for x in data], dtype).reshape(
+      shape
+  )
 
 
 def _encode_impl(value):
@@ -311,144 +321,187 @@ _CUMULATIVE = {"axis": _AXIS, "reverse": _BOOL}
 _ACCURACY = {"accuracy": _NONE}
 _ARG = {"axes": _AXES, "index_dtype": _DTYPE}
 _SCATTER = {
-    "dimension_numbers": _SCATTER_DIMENSIONS, "indices_are_sorted": _BOOL,
-    "unique_indices": _BOOL, "mode": _MODE, "update_jaxpr": _IGNORED,
+    "dimension_numbers": _SCATTER_DIMENSIONS,
+    "indices_are_sorted": _BOOL,
+    "unique_indices": _BOOL,
+    "mode": _MODE,
+    "update_jaxpr": _IGNORED,
     "update_consts": _fixed(()),
 }
 
-PRIMITIVES: dict[str, dict[str, Codec]] = {
-    name: {}
-    for name in (
-        "abs acos acosh add and asin asinh atan atan2 atanh ceil clamp"
-        " complex digamma div eq erf erf_inv erfc floor ge gt imag is_finite"
-        " le le_to lgamma lt lt_to max min ne neg nextafter not or"
-        " population_count real rem select_n shift_left"
-        " shift_right_arithmetic shift_right_logical sign sinh cosh square sub"
-        " threefry2x32 xor clz random_unwrap random_fold_in"
-    ).split()
-} | {
-    name: _ACCURACY
-    for name in (
-        "cbrt cos exp exp2 expm1 log log1p logistic rsqrt sin sqrt tan tanh"
-    ).split()
-} | {
-    "const": {"value": _ARRAY},
-    "mul": {"out_dtype": _NONE},
-    "pow": {},
-    "integer_pow": {"y": _int(-1024, 1024)},
-    "round": {
-        "rounding_method": _choice(**{m.name: m for m in lax.RoundingMethod})
-    },
-    "reduce_precision": {
-        "exponent_bits": _int(1, 64), "mantissa_bits": _int(0, 64),
-    },
-    "convert_element_type": {
-        "new_dtype": _DTYPE, "weak_type": _IGNORED, "sharding": _NONE,
-    },
-    "bitcast_convert_type": {"new_dtype": _DTYPE},
-    # Reductions and scans along an axis.
-    "reduce_sum": _REDUCE | {"out_sharding": _NONE},
-    "reduce_max": _REDUCE,
-    "reduce_min": _REDUCE,
-    "reduce_prod": _REDUCE,
-    "reduce_and": _REDUCE,
-    "reduce_or": _REDUCE,
-    "reduce_xor": _REDUCE,
-    "argmax": _ARG,
-    "argmin": _ARG,
-    "cumsum": _CUMULATIVE,
-    "cumprod": _CUMULATIVE,
-    "cummax": _CUMULATIVE,
-    "cummin": _CUMULATIVE,
-    "cumlogsumexp": _CUMULATIVE,
-    "sort": {"dimension": _AXIS, "is_stable": _BOOL, "num_keys": _int(1, 64)},
-    "top_k": {"k": _SIZE, "axis": _AXIS},
-    # Shapes.
-    "broadcast_in_dim": {
-        "shape": _SIZES, "broadcast_dimensions": _AXES, "sharding": _NONE,
-    },
-    "reshape": {"new_sizes": _SIZES, "dimensions": _NONE, "sharding": _NONE},
-    "squeeze": {"dimensions": _AXES},
-    "transpose": {"permutation": _AXES},
-    "rev": {"dimensions": _AXES},
-    "iota": {
-        "dtype": _DTYPE, "shape": _SIZES, "dimension": _AXIS,
-        "sharding": _NONE,
-    },
-    "concatenate": {"dimension": _AXIS},
-    "stack": {"axis": _AXIS},
-    "unstack": {"axis": _AXIS},
-    "tile": {"reps": _SIZES},
-    "split": {"sizes": _tuple(_SIZE, 4096), "axis": _AXIS},
-    "pad": {"padding_config": _tuple(_tuple(_int(), 3), MAX_RANK)},
-    "slice": {
-        "start_indices": _SIZES, "limit_indices": _SIZES,
-        "strides": _optional(_SIZES),
-    },
-    "dynamic_slice": {"slice_sizes": _SIZES},
-    "dynamic_update_slice": {},
-    "gather": {
-        "dimension_numbers": _GATHER_DIMENSIONS, "slice_sizes": _SIZES,
-        "indices_are_sorted": _BOOL, "unique_indices": _BOOL, "mode": _MODE,
-        "fill_value": _optional(_NUMBER),
-    },
-    "scatter": _SCATTER,
-    "scatter-add": _SCATTER,
-    "scatter-mul": _SCATTER,
-    "scatter-min": _SCATTER,
-    "scatter-max": _SCATTER,
-    # Linear algebra.
-    "dot_general": {
-        "dimension_numbers": _tuple(_tuple(_AXES, 2), 2),
-        "precision": _PRECISION, "preferred_element_type": _optional(_DTYPE),
-        "out_sharding": _NONE,
-    },
-    "svd": {
-        "full_matrices": _BOOL, "compute_uv": _BOOL, "subset_by_index": _NONE,
-        "algorithm": _NONE,
-    },
-    "eigh": {
-        "lower": _BOOL, "sort_eigenvalues": _BOOL, "subset_by_index": _NONE,
-        "algorithm": _NONE,
-    },
-    "qr": {"pivoting": _fixed(False), "full_matrices": _BOOL,
-           "use_magma": _NONE},
-    "householder_product": {},
-    "cholesky": {},
-    "lu": {},
-    "lu_pivots_to_permutation": {"permutation_size": _SIZE},
-    "triangular_solve": {
-        "left_side": _BOOL, "lower": _BOOL, "transpose_a": _BOOL,
-        "conjugate_a": _BOOL, "unit_diagonal": _BOOL,
-    },
-    "fft": {
-        "fft_type": _choice(**{t.name: t for t in lax.FftType}),
-        "fft_lengths": _SIZES,
-    },
-    # Random numbers from an explicit key.
-    "random_seed": {"impl": _IMPL},
-    "random_wrap": {"impl": _IMPL},
-    "random_bits": {"bit_width": _int(8, 32), "shape": _SIZES},
-    "random_split": {"shape": _SIZES},
-    # Control flow whose cost is known beforehand.
-    "scan": {
-        "jaxpr": _BLOCK, "length": _SIZE, "reverse": _BOOL,
-        "num_consts": _SIZE, "num_carry": _SIZE, "unroll": _IGNORED,
-    },
-    "cond": {"branches": _BLOCKS},
-}
+PRIMITIVES: dict[str, dict[str, Codec]] = (
+    {name: {} for name in words("""
+            abs acos acosh add and asin asinh atan atan2 atanh ceil clamp
+            complex digamma div eq erf erf_inv erfc floor ge gt imag is_finite
+            le le_to lgamma lt lt_to max min ne neg nextafter not or
+            population_count real rem select_n shift_left
+            shift_right_arithmetic shift_right_logical sign sinh cosh square
+            sub threefry2x32 xor clz random_unwrap random_fold_in
+        """)}
+    | {name: _ACCURACY for name in words("""
+            cbrt cos exp exp2 expm1 log log1p logistic rsqrt sin sqrt tan tanh
+        """)}
+    | {
+        "const": {"value": _ARRAY},
+        "mul": {"out_dtype": _NONE},
+        "pow": {},
+        "integer_pow": {"y": _int(-1024, 1024)},
+        "round": {
+            "rounding_method": _choice(
+                **{m.name: m for m in lax.RoundingMethod}
+            )
+        },
+        "reduce_precision": {
+            "exponent_bits": _int(1, 64),
+            "mantissa_bits": _int(0, 64),
+        },
+        "convert_element_type": {
+            "new_dtype": _DTYPE,
+            "weak_type": _IGNORED,
+            "sharding": _NONE,
+        },
+        "bitcast_convert_type": {"new_dtype": _DTYPE},
+        # Reductions and scans along an axis.
+        "reduce_sum": _REDUCE | {"out_sharding": _NONE},
+        "reduce_max": _REDUCE,
+        "reduce_min": _REDUCE,
+        "reduce_prod": _REDUCE,
+        "reduce_and": _REDUCE,
+        "reduce_or": _REDUCE,
+        "reduce_xor": _REDUCE,
+        "argmax": _ARG,
+        "argmin": _ARG,
+        "cumsum": _CUMULATIVE,
+        "cumprod": _CUMULATIVE,
+        "cummax": _CUMULATIVE,
+        "cummin": _CUMULATIVE,
+        "cumlogsumexp": _CUMULATIVE,
+        "sort": {
+            "dimension": _AXIS,
+            "is_stable": _BOOL,
+            "num_keys": _int(1, 64),
+        },
+        "top_k": {"k": _SIZE, "axis": _AXIS},
+        # Shapes.
+        "broadcast_in_dim": {
+            "shape": _SIZES,
+            "broadcast_dimensions": _AXES,
+            "sharding": _NONE,
+        },
+        "reshape": {
+            "new_sizes": _SIZES,
+            "dimensions": _NONE,
+            "sharding": _NONE,
+        },
+        "squeeze": {"dimensions": _AXES},
+        "transpose": {"permutation": _AXES},
+        "rev": {"dimensions": _AXES},
+        "iota": {
+            "dtype": _DTYPE,
+            "shape": _SIZES,
+            "dimension": _AXIS,
+            "sharding": _NONE,
+        },
+        "concatenate": {"dimension": _AXIS},
+        "stack": {"axis": _AXIS},
+        "unstack": {"axis": _AXIS},
+        "tile": {"reps": _SIZES},
+        "split": {"sizes": _tuple(_SIZE, 4096), "axis": _AXIS},
+        "pad": {"padding_config": _tuple(_tuple(_int(), 3), MAX_RANK)},
+        "slice": {
+            "start_indices": _SIZES,
+            "limit_indices": _SIZES,
+            "strides": _optional(_SIZES),
+        },
+        "dynamic_slice": {"slice_sizes": _SIZES},
+        "dynamic_update_slice": {},
+        "gather": {
+            "dimension_numbers": _GATHER_DIMENSIONS,
+            "slice_sizes": _SIZES,
+            "indices_are_sorted": _BOOL,
+            "unique_indices": _BOOL,
+            "mode": _MODE,
+            "fill_value": _optional(_NUMBER),
+        },
+        "scatter": _SCATTER,
+        "scatter-add": _SCATTER,
+        "scatter-mul": _SCATTER,
+        "scatter-min": _SCATTER,
+        "scatter-max": _SCATTER,
+        # Linear algebra.
+        "dot_general": {
+            "dimension_numbers": _tuple(_tuple(_AXES, 2), 2),
+            "precision": _PRECISION,
+            "preferred_element_type": _optional(_DTYPE),
+            "out_sharding": _NONE,
+        },
+        "svd": {
+            "full_matrices": _BOOL,
+            "compute_uv": _BOOL,
+            "subset_by_index": _NONE,
+            "algorithm": _NONE,
+        },
+        "eigh": {
+            "lower": _BOOL,
+            "sort_eigenvalues": _BOOL,
+            "subset_by_index": _NONE,
+            "algorithm": _NONE,
+        },
+        "qr": {
+            "pivoting": _fixed(False),
+            "full_matrices": _BOOL,
+            "use_magma": _NONE,
+        },
+        "householder_product": {},
+        "cholesky": {},
+        "lu": {},
+        "lu_pivots_to_permutation": {"permutation_size": _SIZE},
+        "triangular_solve": {
+            "left_side": _BOOL,
+            "lower": _BOOL,
+            "transpose_a": _BOOL,
+            "conjugate_a": _BOOL,
+            "unit_diagonal": _BOOL,
+        },
+        "fft": {
+            "fft_type": _choice(**{t.name: t for t in lax.FftType}),
+            "fft_lengths": _SIZES,
+        },
+        # Random numbers from an explicit key.
+        "random_seed": {"impl": _IMPL},
+        "random_wrap": {"impl": _IMPL},
+        "random_bits": {"bit_width": _int(8, 32), "shape": _SIZES},
+        "random_split": {"shape": _SIZES},
+        # Control flow whose cost is known beforehand.
+        "scan": {
+            "jaxpr": _BLOCK,
+            "length": _SIZE,
+            "reverse": _BOOL,
+            "num_consts": _SIZE,
+            "num_carry": _SIZE,
+            "unroll": _IGNORED,
+        },
+        "cond": {"branches": _BLOCKS},
+    }
+)
 
 # Primitives that hand their operands through.
-_IDENTITIES = frozenset(
-    "copy copy_p stop_gradient name sharding_constraint device_put"
-    " optimization_barrier".split()
-)
+_IDENTITIES = words("""
+    copy copy_p stop_gradient name sharding_constraint device_put
+    optimization_barrier
+""")
 # Calls, and the parameter that holds what they call.
 _CALLS = {
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr", "custom_lin": "call_jaxpr",
-    "checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr",
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_lin": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
 }
 
 
@@ -493,9 +546,7 @@ class _Reader:
       raise IRError("equations", "The program has too many operations.")
     first = len(self._avals)
     self._avals.extend(avals)
-    self._equations.append(
-        Equation(name, tuple(operands), params, len(avals))
-    )
+    self._equations.append(Equation(name, tuple(operands), params, len(avals)))
     return range(first, len(self._avals))
 
   def _constant(self, value, aval):
@@ -544,9 +595,7 @@ class _Reader:
       lengths, jaxprs = params["const_lengths"], params["jaxprs"]
       start = lengths.matvec + lengths.vecmat
       solve = operands[start : start + lengths.solve]
-      return self._inline(
-          jaxprs.solve, solve + operands[sum(lengths) :]
-      )
+      return self._inline(jaxprs.solve, solve + operands[sum(lengths) :])
     if name not in PRIMITIVES:
       raise IRError("primitive", _refusal(name))
     kept = {}

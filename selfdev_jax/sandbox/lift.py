@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from selfdev_jax.sandbox import ir
-from selfdev_jax.sandbox import rebuild
+from selfdev_jax.sandbox import ir, rebuild
 
 # (base, task_vectors, literals) -> array like base.
 Kernel = Callable[[jax.Array, Sequence[jax.Array], jax.Array], jax.Array]

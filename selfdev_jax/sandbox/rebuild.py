@@ -1,12 +1,13 @@
 """From program IR back to a JAX function, one primitive at a time."""
 
 import math
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-from jax import lax
 import jax.extend.core.primitives as jex_primitives
 import jax.numpy as jnp
+from jax import lax
 
 from selfdev_jax.sandbox import ir
 
@@ -109,22 +110,23 @@ def _apply(equation, operands):
 
 def _check(equation, operands):
   """Raises ValueError for what `bind`, unlike jnp, takes unseen."""
-  if equation.name == "reshape":
-    if math.prod(equation.params["new_sizes"]) != jnp.size(operands[0]):
-      raise ValueError("reshape changes the number of elements")
-  if equation.name == "dynamic_slice":
-    if len(operands) != 1 + jnp.ndim(operands[0]):
-      raise ValueError("dynamic_slice takes one index per axis")
-  if equation.name == "cond" and jnp.shape(operands[0]):
+  name, params = equation.name, equation.params
+  if name == "reshape" and (
+      math.prod(params["new_sizes"]) != jnp.size(operands[0])
+  ):
+    raise ValueError("reshape changes the number of elements")
+  if name == "dynamic_slice" and len(operands) != 1 + jnp.ndim(operands[0]):
+    raise ValueError("dynamic_slice takes one index per axis")
+  if name == "cond" and jnp.shape(operands[0]):
     raise ValueError("the index of cond is no scalar")
   for key in ("axes", "axis", "dimension", "dimensions"):
-    if key not in equation.params or not operands:
+    if key not in params or not operands:
       continue  # `iota` has no operand, and its own function checks it.
-    axes = equation.params[key]
+    axes = params[key]
     axes = (axes,) if isinstance(axes, int) else axes
-    rank = jnp.ndim(operands[0]) + (equation.name == "stack")
+    rank = jnp.ndim(operands[0]) + (name == "stack")
     if len(set(axes)) < len(axes) or any(axis >= rank for axis in axes):
-      raise ValueError(f"{equation.name} has no axes {axes}")
+      raise ValueError(f"{name} has no axes {axes}")
 
 
 _OMITTED = {

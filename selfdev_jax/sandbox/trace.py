@@ -93,19 +93,24 @@ def _trace_shape(code, shape, num_experts, max_equations):
 def _check_output(merged, shape):
   if not isinstance(merged, (jax.Array, np.ndarray)):
     raise TraceError(
-        "trace", "output", f"merge returned {_kind(merged)}; it has to return"
-        " one array of base's shape."
+        "trace",
+        "output",
+        f"merge returned {_kind(merged)}; it has to return"
+        " one array of base's shape.",
     )
   if merged.shape != shape:
     raise TraceError(
-        "trace", "output_shape", "merge returned an array of shape"
+        "trace",
+        "output_shape",
+        "merge returned an array of shape"
         f" {merged.shape} for a base of shape {shape}; the shapes have to be"
-        " equal."
+        " equal.",
     )
   if merged.dtype != np.float32:
     raise TraceError(
-        "trace", "output_dtype", f"merge returned {merged.dtype}; it has to"
-        " return float32."
+        "trace",
+        "output_dtype",
+        f"merge returned {merged.dtype}; it has to" " return float32.",
     )
 
 
@@ -121,9 +126,11 @@ def _explain(error):
       isinstance(error, ValueError) and "truth value of an array" in message
   ):
     return TraceError(
-        "trace", "data_dependent_if", f"{where}a condition depends on tensor"
+        "trace",
+        "data_dependent_if",
+        f"{where}a condition depends on tensor"
         " values; use jnp.where(condition, a, b) instead of if, and jnp.maximum"
-        " instead of max."
+        " instead of max.",
     )
   if isinstance(
       error,
@@ -135,17 +142,18 @@ def _explain(error):
       ),
   ):
     return TraceError(
-        "trace", "data_dependent", f"{where}a Python number, a shape or a mask"
+        "trace",
+        "data_dependent",
+        f"{where}a Python number, a shape or a mask"
         " index depends on tensor values; keep it a jnp array, and use"
-        " jnp.where for masks."
+        " jnp.where for masks.",
     )
   if isinstance(error, RecursionError):
     return TraceError("trace", "recursion", f"{where}the recursion never ends.")
   if isinstance(error, MemoryError):
     return TraceError("trace", "memory", f"{where}out of memory.")
   return TraceError(
-      "trace", "exception", f"{where}{type(error).__name__}:"
-      f" {message}"
+      "trace", "exception", f"{where}{type(error).__name__}:" f" {message}"
   )
 
 

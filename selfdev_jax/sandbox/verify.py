@@ -8,15 +8,13 @@ costed, hashed and kept.
 
 import dataclasses
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from selfdev_jax import config as config_lib
-from selfdev_jax.sandbox import canonical
-from selfdev_jax.sandbox import ir
-from selfdev_jax.sandbox import rebuild
+from selfdev_jax.sandbox import canonical, ir, rebuild
 
 # Small leaves are not held to a multiple of next to nothing.
 _MIN_INPUT_BYTES = 1 << 16
@@ -90,9 +88,9 @@ def verify(
   except ir.IRError as error:
     raise VerifyError(error.code, error.message) from error
   except RecursionError as error:
-    raise VerifyError("malformed", "The program IR is nested too deeply.") from (
-        error
-    )
+    raise VerifyError(
+        "malformed", "The program IR is nested too deeply."
+    ) from (error)
   except Exception as error:
     # Shape and dtype rules of JAX raise what they like.
     reason = str(error).partition("\n")[0][:200]
@@ -127,8 +125,9 @@ def _verify_leaf(block, shape, num_experts, limits):
   (result,) = output
   if result.shape != shape or result.dtype != np.float32:
     raise VerifyError(
-        "output", f"The program returns {result.dtype}{list(result.shape)} for"
-        f" a base of float32{list(shape)}."
+        "output",
+        f"The program returns {result.dtype}{list(result.shape)} for"
+        f" a base of float32{list(shape)}.",
     )
   block = ir.from_jaxpr(closed, 4 * limits.max_equations + 100)
   cost = measure(block)
@@ -137,8 +136,10 @@ def _verify_leaf(block, shape, num_experts, limits):
   _bound("flops", cost.flops, limits.max_flops, "floating-point operations")
   _bound("loop_trips", cost.steps, _MAX_STEPS, "operations, loops unrolled")
   _bound(
-      "memory", multiple, limits.max_peak_multiple, "times the memory of its"
-      " input"
+      "memory",
+      multiple,
+      limits.max_peak_multiple,
+      "times the memory of its" " input",
   )
   return block, {
       "equations": equations,
@@ -151,8 +152,9 @@ def _verify_leaf(block, shape, num_experts, limits):
 def _bound(code, value, limit, what):
   if not value <= limit:
     raise VerifyError(
-        code, f"The program needs {value:.4g} {what}; at most {limit:.4g} are"
-        " allowed."
+        code,
+        f"The program needs {value:.4g} {what}; at most {limit:.4g} are"
+        " allowed.",
     )
 
 
@@ -236,24 +238,26 @@ def _size(aval):
   return float(math.prod(aval.shape))
 
 
-_FACTORIZATIONS = frozenset(
-    "svd eigh qr lu cholesky triangular_solve householder_product".split()
-)
-_SORTS = frozenset("sort top_k".split())
+_FACTORIZATIONS = ir.words("""
+    svd eigh qr lu cholesky triangular_solve householder_product
+""")
+_SORTS = ir.words("""
+    sort top_k
+""")
 
 
 def _flops(equation, block, outputs):
   """Operations of one equation, nested blocks left out."""
-  operands = [
-      block.avals[x] for x in equation.operands if isinstance(x, int)
-  ]
+  operands = [block.avals[x] for x in equation.operands if isinstance(x, int)]
   size = max((_size(a) for a in operands), default=0.0)
   size = max(size, sum(_size(block.avals[x]) for x in outputs))
   if equation.name == "dot_general":
     (contracted, _), _ = equation.params["dimension_numbers"]
-    shape = block.avals[equation.operands[0]].shape if isinstance(
-        equation.operands[0], int
-    ) else ()
+    shape = (
+        block.avals[equation.operands[0]].shape
+        if isinstance(equation.operands[0], int)
+        else ()
+    )
     depth = math.prod(shape[axis] for axis in contracted)
     return 2.0 * depth * _size(block.avals[outputs[0]])
   if equation.name in _FACTORIZATIONS:

@@ -7,13 +7,15 @@ traces one program, so that a fork has everything loaded, but never initialises
 a JAX backend: tracing needs none, and threads do not survive a fork. It holds
 no secrets, weights or data: a child inherits its memory.
 
-A request on stdin is one JSON message, see `_Request`. The answer on stdout is
-two: a JSON header {"status", "output"} by this process, and the child's bytes,
-which nobody here reads. The end of stdin ends the zygote, also in the middle
+The first message on stdin is `Setup` in JSON, every other one a program's
+source, as a JSON string. The answer to that on stdout is two messages: a JSON
+header {"status", "output"} by this process, and the child's bytes, which nobody
+here reads. The end of stdin ends the zygote, also in the middle
 of a request; that is how it follows its parent into death. (Not by
 PR_SET_PDEATHSIG: it fires when the parent's *thread* ends.)
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -28,16 +30,41 @@ from typing import NamedTuple
 from selfdev_jax.sandbox import trace as trace_lib
 from selfdev_jax.sandbox import wire
 
+# jax.numpy's functions are jitted, and a jit's trace is cached by shape: what
+# is traced here, on the real shapes, no child has to trace again.
 _WARM_UP = """
 def merge(base, task_vectors):
   stacked = jnp.stack(task_vectors)
-  size = jnp.abs(stacked)
-  keep = size >= jnp.quantile(size, 0.5)
-  noise = jax.random.bernoulli(jax.random.PRNGKey(0), 0.5, base.shape)
-  weights = jax.nn.softmax(jnp.array([jnp.linalg.norm(t) for t in stacked]))
-  merged = jnp.einsum("i,i...->...", weights, jnp.where(keep, stacked, 0.0))
-  merged = lax.fori_loop(0, 2, lambda i, x: 0.5 * x, merged)
-  return base + noise * merged + jnp.median(stacked, axis=0)
+  merged = base + 0.5 * sum(task_vectors)
+  for x in (stacked, task_vectors[0], task_vectors[0].ravel()):
+    size = jnp.abs(x)
+    for q in (jnp.quantile(size, 0.5), jnp.percentile(size, 50), size.mean()):
+      merged = merged + jnp.where(size >= q, x, 0.0).sum()
+    merged = merged + jnp.clip(x, -1, 1).sum() + jnp.sort(x).max()
+    merged = merged + jnp.median(x) + jnp.std(x) + jnp.var(x) + x.min()
+    merged = merged + jnp.linalg.norm(x) if x.ndim < 3 else merged
+    merged = merged + jnp.sum(jnp.maximum(x, 0.0)) + jax.nn.relu(x).sum()
+    merged = merged + jnp.mean(jnp.where(jnp.sign(x) == 1.0, x, 0))
+    merged = merged + jnp.argsort(x).astype(jnp.float32).sum()
+    merged = merged + jax.nn.softmax(x, axis=0).sum() + jax.nn.gelu(x).sum()
+    merged = merged + jax.nn.sigmoid(x).sum()
+  norms = jnp.array([jnp.linalg.norm(x) for x in task_vectors])
+  weights = jax.nn.softmax(norms) + norms / norms.sum()
+  merged = merged + jnp.einsum("i,i...->...", weights, stacked)
+  merged = merged + jnp.tensordot(weights, stacked, axes=1)
+  merged = merged + jnp.vdot(task_vectors[0], base) + stacked[jnp.argmax(norms)]
+  merged = merged + jnp.median(stacked, axis=0) + jnp.std(stacked, axis=0)
+  merged = merged + jnp.sign(jnp.sum(jnp.sign(stacked), axis=0))
+  merged = merged + jnp.quantile(stacked, 0.5, axis=0)
+  merged = merged + stacked.var(axis=0) + jnp.argmax(jnp.abs(stacked), axis=0)
+  key = jax.random.PRNGKey(0)
+  merged = merged + jax.random.bernoulli(key, 0.5, base.shape)
+  merged = merged + jax.random.normal(key, base.shape)
+  merged = merged + jax.random.uniform(key, base.shape)
+  if base.ndim == 2:
+    u, s, vt = jnp.linalg.svd(task_vectors[0], full_matrices=False)
+    merged = merged + (u * s) @ vt
+  return lax.fori_loop(0, 2, lambda i, x: 0.5 * x, merged)
 """
 MAX_REQUEST_BYTES = 1 << 22
 _PR_SET_PDEATHSIG = 1
@@ -47,10 +74,9 @@ _ORPHAN_ROUNDS = 1000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class _Request(NamedTuple):
-  """What the parent asks; the limits are those of `config.Sandbox`."""
+class Setup(NamedTuple):
+  """What holds for every program; the limits are those of `config.Sandbox`."""
 
-  source: str
   shapes: list[list[int]]
   num_experts: int
   timeout_s: float
@@ -62,7 +88,11 @@ class _Request(NamedTuple):
 
 def main() -> None:
   """Serves requests until stdin ends."""
-  trace_lib.trace(_WARM_UP, [(4, 4), (4,)], 2, 1000)
+  try:
+    setup = Setup(**json.loads(wire.receive(0, MAX_REQUEST_BYTES)))
+  except wire.WireError:
+    return
+  _warm_up(setup)
   # Orphans of a child come back here, where they are killed.
   _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
   # Nothing is collected in a child: pages stay shared, and it soon ends.
@@ -73,7 +103,7 @@ def main() -> None:
       message = wire.receive(0, MAX_REQUEST_BYTES)
     except wire.WireError:
       return
-    header, reply = _serve(_Request(**json.loads(message)))
+    header, reply = _serve(setup, json.loads(message))
     try:
       wire.send(1, json.dumps(header).encode())
       wire.send(1, reply)
@@ -81,20 +111,31 @@ def main() -> None:
       return
 
 
-def _serve(request):
+def _warm_up(setup):
+  # It may not fit every shape: what it got to is warm.
+  with contextlib.suppress(trace_lib.TraceError):
+    _trace(setup, _WARM_UP)
+
+
+def _trace(setup, source):
+  shapes = [tuple(shape) for shape in setup.shapes]
+  return trace_lib.trace(source, shapes, setup.num_experts, setup.max_equations)
+
+
+def _serve(setup, source):
   """Runs one child to its end; returns the header and the child's bytes."""
   reply_read, reply_write = os.pipe()
   output_read, output_write = os.pipe()
   pid = os.fork()
   if pid == 0:
     try:
-      _child(request, reply_write, output_write)
+      _child(setup, source, reply_write, output_write)
     finally:
       os._exit(1)
   os.close(reply_write)
   os.close(output_write)
   try:
-    status, reply, output = _collect(request, reply_read, output_read)
+    status, reply, output = _collect(setup, reply_read, output_read)
   finally:
     code = _kill(pid)
     os.close(reply_read)
@@ -104,9 +145,9 @@ def _serve(request):
   return {"status": status, "output": output.decode("utf-8", "replace")}, reply
 
 
-def _collect(request, reply_fd, output_fd):
+def _collect(setup, reply_fd, output_fd):
   """Reads both pipes until the reply ends, and enforces the wall clock."""
-  deadline = time.monotonic() + request.timeout_s
+  deadline = time.monotonic() + setup.timeout_s
   reply, output = bytearray(), bytearray()
   with selectors.DefaultSelector() as selector:
     for fd in (0, reply_fd, output_fd):
@@ -122,12 +163,12 @@ def _collect(request, reply_fd, output_fd):
         data = os.read(key.fd, 1 << 16)
         if key.fd == output_fd:
           # Read to the end, so that the program never blocks; kept up to a cap.
-          output += data[: request.output_bytes - len(output)]
+          output += data[: setup.output_bytes - len(output)]
           if not data:
             selector.unregister(output_fd)
         elif data:
           reply += data
-          if len(reply) > request.ir_bytes:
+          if len(reply) > setup.ir_bytes:
             return "too_big", b"", output
         else:
           return "done", bytes(reply), output
@@ -142,10 +183,9 @@ def _kill(pid):
       break
     time.sleep(0.001)
   os.kill(pid, signal.SIGKILL)
-  try:
-    os.killpg(pid, signal.SIGKILL)  # What it forked into its own session.
-  except ProcessLookupError:
-    pass  # Killed before it had one.
+  # What it forked into its own session, if it came as far as having one.
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(pid, signal.SIGKILL)
   _, status = os.waitpid(pid, 0)
   # Descendants that left the session were handed to us, the subreaper. Each
   # round may reveal the children of those that the last round killed.
@@ -167,19 +207,14 @@ def _children():
     return []
 
 
-def _child(request, reply_fd, output_fd):
+def _child(setup, source, reply_fd, output_fd):
   """Confines this process, traces the program, writes the reply, exits."""
   os.setsid()
   _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
   _confine_descriptors(reply_fd, output_fd)
-  _limit_resources(request)
+  _limit_resources(setup)
   try:
-    reply = trace_lib.trace(
-        request.source,
-        [tuple(shape) for shape in request.shapes],
-        request.num_experts,
-        request.max_equations,
-    )
+    reply = _trace(setup, source)
   except trace_lib.TraceError as error:
     reply = json.dumps({"rejected": [error.stage, error.code, error.message]})
   data = memoryview(reply.encode())
@@ -199,12 +234,12 @@ def _confine_descriptors(reply_fd, output_fd):
   os.closerange(_REPLY_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def _limit_resources(request):
+def _limit_resources(setup):
   with open("/proc/self/statm", encoding="ascii") as file:
     mapped = int(file.read().split()[0]) * resource.getpagesize()
-  seconds = int(request.timeout_s) + 1  # Holds should the zygote be killed.
+  seconds = int(setup.timeout_s) + 1  # Holds should the zygote be killed.
   for limit, value in (
-      (resource.RLIMIT_AS, mapped + request.memory_bytes),
+      (resource.RLIMIT_AS, mapped + setup.memory_bytes),
       (resource.RLIMIT_CPU, seconds),
       (resource.RLIMIT_FSIZE, 0),
       (resource.RLIMIT_NOFILE, 16),

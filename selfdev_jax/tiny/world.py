@@ -12,7 +12,6 @@ import hashlib
 import os
 import pathlib
 import random
-import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -61,12 +60,14 @@ def prepare(config: config_lib.Config) -> dict[str, pathlib.Path]:
   """Trains the world unless it is cached.
 
   Args:
-    config: a run's config; `tiny` is None when it needs no toy world.
+    config: a run's config.
 
   Returns:
-    The model directory behind each `tiny:NAME`; empty without a toy world.
+    The model directory behind each `tiny:NAME`; empty where the config names
+    none.
   """
-  if config.tiny is None:
+  names = (config.seed_model, *config.experts)
+  if config.tiny is None or not any(n.startswith(PREFIX) for n in names):
     return {}
   directory = cache_directory(config.tiny, config.propose.prompt)
   if not directory.is_dir():
@@ -77,7 +78,6 @@ def prepare(config: config_lib.Config) -> dict[str, pathlib.Path]:
           whole = pathlib.Path(scratch) / "world"
           train(config.tiny, config.propose.prompt, whole)
           whole.rename(directory)
-    shutil.rmtree(directory.with_suffix(".lock"), ignore_errors=True)
   return {PREFIX + name: directory / name for name in (SEED_MODEL, *EXPERTS)}
 
 

@@ -29,9 +29,7 @@ class TokenizeTest(parameterized.TestCase):
     np.testing.assert_array_equal(data.tokens[0, :6], [1, 2, 3, 4, _EOS, _EOS])
     np.testing.assert_array_equal(data.tokens[1, :6], [1, 2, 3, 5, 6, _EOS])
     # The EOS counts, its twins of the padding do not.
-    np.testing.assert_array_equal(
-        np.flatnonzero(data.is_completion[0]), [3, 4]
-    )
+    np.testing.assert_array_equal(np.flatnonzero(data.is_completion[0]), [3, 4])
     np.testing.assert_array_equal(
         np.flatnonzero(data.is_completion[1]), [3, 4, 5]
     )

@@ -15,6 +15,8 @@ from selfdev_jax import models
 from selfdev_jax.dpo import logps as logps_lib
 from selfdev_jax.dpo import lora
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 _DECODER = models.DecoderConfig(
     vocab_size=61,
     embed=32,
@@ -27,10 +29,13 @@ _DECODER = models.DecoderConfig(
 )
 _RANK, _ALPHA = 4, 6.0
 
+_completion_logps = jax.jit(logps_lib.completion_logps, static_argnums=0)
+_forward = jax.jit(models.forward, static_argnums=0)
+
 
 @pytest.fixture(scope="module")
-def params():
-  return models.init_params(_DECODER, 0)
+def params(random_params):
+  return random_params(_DECODER)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,9 @@ def directory(tmp_path_factory, params) -> pathlib.Path:
 def adapter():
   """Both factors non-zero."""
   return jax.tree.map(
-      lambda x: x + 0.05 * np.random.default_rng(x.size).normal(size=x.shape)
-      .astype(np.float32),
+      lambda x: x
+      + 0.05
+      * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
       lora.init(jax.random.key(1), _DECODER, _RANK),
   )
 
@@ -78,7 +84,7 @@ def _load(directory):
 
 def test_matches_transformers(params, directory):
   tokens, is_completion = _rows()
-  sums, counts = logps_lib.completion_logps(
+  sums, counts = _completion_logps(
       _DECODER, params, None, tokens, is_completion
   )
   expected = _torch_logps(_load(directory), tokens, is_completion)
@@ -90,22 +96,16 @@ def test_matches_transformers(params, directory):
 
 def test_the_eos_counts_where_it_is_the_padding_too(params):
   tokens, is_completion = _rows()
-  sums, _ = logps_lib.completion_logps(
-      _DECODER, params, None, tokens, is_completion
-  )
+  sums, _ = _completion_logps(_DECODER, params, None, tokens, is_completion)
   without = is_completion & (tokens != 0)  # What `ids != pad` would count.
-  fewer, counts = logps_lib.completion_logps(
-      _DECODER, params, None, tokens, without
-  )
+  fewer, counts = _completion_logps(_DECODER, params, None, tokens, without)
   np.testing.assert_array_equal(counts, [14, 6, 7])
   assert (np.asarray(sums) < np.asarray(fewer)).all()
 
 
 def test_padding_changes_nothing(params):
   tokens, is_completion = _rows()
-  logps = lambda *rows: logps_lib.completion_logps(
-      _DECODER, params, None, *rows
-  )[0]
+  logps = lambda *rows: _completion_logps(_DECODER, params, None, *rows)[0]
   padded = np.where(is_completion | (tokens > 0), tokens, 17)
   np.testing.assert_array_equal(
       logps(tokens, is_completion), logps(padded, is_completion)
@@ -121,10 +121,8 @@ def test_bfloat16_logits_lose_little(params):
   """The same bf16 hidden states, the logsumexp in float64."""
   tokens, is_completion = _rows()
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  sums, _ = logps_lib.completion_logps(
-      _DECODER, narrow, None, tokens, is_completion
-  )
-  hidden = models.forward(_DECODER, narrow, tokens, remat=True)
+  sums, _ = _completion_logps(_DECODER, narrow, None, tokens, is_completion)
+  hidden = _forward(_DECODER, narrow, tokens)
   out = np.asarray(models.logits(_DECODER, narrow, hidden[:, :-1]))
   out = out.astype(np.float64)
   picked = np.take_along_axis(out, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -140,9 +138,7 @@ def test_fresh_adapter_is_the_identity(params):
   fresh = lora.scaled(fresh, _ALPHA, _RANK)
   np.testing.assert_array_equal(
       *(
-          logps_lib.completion_logps(
-              _DECODER, params, adapter, tokens, is_completion
-          )[0]
+          _completion_logps(_DECODER, params, adapter, tokens, is_completion)[0]
           for adapter in (None, fresh)
       )
   )
@@ -177,12 +173,14 @@ def test_adapter_equals_merged_weights(params, adapter):
         for name, ab in matrices.items()
     }
   np.testing.assert_allclose(
-      models.forward(_DECODER, params, tokens, lora=scaled),
-      models.forward(_DECODER, params | {"layers": layers}, tokens),
+      _forward(_DECODER, params, tokens, lora=scaled),
+      _forward(_DECODER, params | {"layers": layers}, tokens),
       atol=2e-5,  # Float32, other orders of summation.
   )
 
 
+# PEFT 0.21 asks for a property that transformers 5.23 renamed.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_peft_loads_the_adapter(params, adapter, directory, tmp_path):
   tokens, is_completion = _rows()
   convert.save_adapter(
@@ -195,14 +193,14 @@ def test_peft_loads_the_adapter(params, adapter, directory, tmp_path):
   base = _load(directory)
   model = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
   scaled = lora.scaled(adapter, _ALPHA, _RANK)
-  hidden = models.forward(_DECODER, params, tokens, lora=scaled)
+  hidden = _forward(_DECODER, params, tokens, lora=scaled)
   with torch.no_grad():
     expected = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
   np.testing.assert_allclose(
       models.logits(_DECODER, params, hidden), expected, atol=5e-5
   )
   # The adapter does something.
-  plain = models.forward(_DECODER, params, tokens)
+  plain = _forward(_DECODER, params, tokens)
   assert np.abs(np.asarray(hidden) - np.asarray(plain)).max() > 0.1
   loaded = convert.load_adapter(tmp_path / "adapter", _DECODER)
   assert jax.tree.structure(loaded) == jax.tree.structure(adapter)

@@ -17,6 +17,8 @@ from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import loss as loss_lib
 from selfdev_jax.dpo import train as train_lib
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 _DECODER = models.DecoderConfig(
     vocab_size=32,
     embed=16,
@@ -29,9 +31,10 @@ _DECODER = models.DecoderConfig(
 )
 _CONFIG = config_lib.Dpo(
     beta=0.5,
+    sft_weight=0.1,
     learning_rate=3e-2,
-    steps=8,
-    batch_size=4,
+    steps=10,
+    batch_size=8,
     lora_rank=4,
     lora_alpha=8.0,
 )
@@ -47,8 +50,8 @@ def _encode(text, add_special_tokens=True):
 
 
 @pytest.fixture(scope="module")
-def params():
-  return models.init_params(_DECODER, 0)
+def params(random_params):
+  return random_params(_DECODER)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +77,11 @@ def _bits_equal(one, other):
   jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_chosen_rises_over_rejected(params, start):
+def test_chosen_rises_over_rejected_with_one_compilation(params, start):
   before = jax.tree.map(np.array, (params, start))
-  adapter, history = _train(params, start, steps=20)
-  assert len(history) == 20
+  train_lib._step.clear_cache()
+  adapter, history = _train(params, start)
+  assert len(history) == _CONFIG.steps
   assert set(history[0]) == {
       "loss",
       "rewards/chosen",
@@ -86,11 +90,13 @@ def test_chosen_rises_over_rejected(params, start):
       "rewards/accuracies",
       "logps/chosen",
       "logps/rejected",
+      "nll_loss",
       "grad_norm",
   }
   assert all(isinstance(v, float) for v in history[0].values())
-  assert math.isclose(history[0]["loss"], math.log(2), rel_tol=1e-5)
-  assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+  dpo = [step["loss"] - 0.1 * step["nll_loss"] for step in history]
+  assert math.isclose(dpo[0], math.log(2), rel_tol=1e-4)
+  assert dpo[-1] < 0.5 * dpo[0]
   assert history[-1]["rewards/margins"] > 1.0
   assert history[-1]["rewards/accuracies"] == 1.0
   # The arguments were neither changed nor given away.
@@ -98,6 +104,9 @@ def test_chosen_rises_over_rejected(params, start):
   assert jax.tree.structure(adapter) == jax.tree.structure(start)
   for leaf in jax.tree.leaves(adapter):
     assert isinstance(leaf, np.ndarray) and leaf.dtype == np.float32
+  # The next iteration's round starts from the adapter of this one.
+  _train(params, adapter, _PAIRS[2:], seed=1)
+  assert train_lib._step._cache_size() == 1
 
 
 def test_equal_keys_equal_bits(params, start):
@@ -109,10 +118,9 @@ def test_equal_keys_equal_bits(params, start):
 
 def test_sharded_equals_unsharded(params, start, monkeypatch):
   assert jax.device_count() == 8
-  options = dict(batch_size=8, steps=4, sft_weight=0.2)
-  sharded, history = _train(params, start, **options)
+  sharded, history = _train(params, start)
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  single, expected = _train(params, start, **options)
+  single, expected = _train(params, start)
   # Float32, the batch summed in another order.
   for got, wanted in zip(history, expected, strict=True):
     assert set(got) == set(wanted)
@@ -123,28 +131,6 @@ def test_sharded_equals_unsharded(params, start, monkeypatch):
   jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3), sharded, single
   )
-
-
-def test_batch_that_no_number_of_devices_divides(params, start):
-  _, history = _train(params, start, batch_size=3, steps=2)
-  assert len(history) == 2
-
-
-def test_the_step_is_compiled_once(params, start, monkeypatch):
-  traces = []
-
-  def counted(*args, **kwargs):
-    traces.append(1)
-    return loss_lib.sigmoid(*args, **kwargs)
-
-  fake = type("Loss", (), {"sigmoid": staticmethod(counted)})
-  monkeypatch.setattr(train_lib, "loss_lib", fake)
-  train_lib._step.clear_cache()
-  first, _ = _train(params, start, steps=5, beta=0.25)
-  # The next iteration's round starts from the adapter of this one.
-  _train(params, first, _PAIRS[2:], steps=5, beta=0.25)
-  assert train_lib._step._cache_size() == 1
-  assert len(traces) == 1
 
 
 def test_reference_is_the_starting_adapter_once_a_row(
@@ -167,11 +153,9 @@ def test_reference_is_the_starting_adapter_once_a_row(
       for pair in _PAIRS
       for other in _PAIRS
   ]
-  # A zero learning rate at step 0 (warm-up): no metric moves before step 1.
-  _, again = _train(params, moved, every, steps=2)
+  _, again = _train(params, moved, every)
   np.testing.assert_allclose(again[0]["rewards/margins"], 0.0, atol=1e-4)
-  np.testing.assert_allclose(again[0]["loss"], math.log(2), atol=1e-4)
-  # 12 distinct rows in batches of 8, not 72.
+  # 12 distinct rows in one batch of 16, not 72.
   assert sum(rows) == 16
 
 
@@ -196,7 +180,7 @@ def test_first_step_by_hand(params, start):
         sums[None], reference, counts[:1], beta=_CONFIG.beta, sft_weight=0.3
     )[0]
 
-  value, gradient = jax.value_and_grad(loss_fn)(start)
+  value, gradient = jax.jit(jax.value_and_grad(loss_fn))(start)
   np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
   assert "nll_loss" in metrics
 
@@ -214,7 +198,9 @@ def test_first_step_by_hand(params, start):
 
 def test_bfloat16_base_float32_adapter(params, start):
   narrow = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
-  adapter, history = _train(narrow, start)
+  # JAX cannot lower its own attention's bfloat16 gradient under "strict".
+  with jax.numpy_dtype_promotion("standard"):
+    adapter, history = _train(narrow, start)
   assert history[-1]["rewards/margins"] > 0.1
   assert {str(x.dtype) for x in jax.tree.leaves(adapter)} == {"float32"}
 
@@ -223,6 +209,6 @@ def test_non_finite_loss_names_the_step(params, start):
   broken = params | {"embed": np.array(params["embed"])}
   broken["embed"][5] = np.nan  # The letter d.
   with pytest.raises(
-      errors.UserError, match=r"toy: loss is nan at step 0 of 8"
+      errors.UserError, match=r"toy: loss is nan at step 0 of 10"
   ):
     _train(broken, start)

@@ -21,8 +21,11 @@ _MERGE = "def merge(base, task_vectors):\n  return base\n"
         (_CHAT, f"```python\n{_MERGE}```\n```python\n{_MERGE}# 2\n```", _MERGE),
         # Cut off by the token limit.
         (_CHAT, f"```python\n{_MERGE}", _MERGE),
-        (_CHAT, f"```python\nimport math\n\n{_MERGE}x = 1\n```",
-         f"import math\n\n{_MERGE}x = 1\n"),
+        (
+            _CHAT,
+            f"```python\nimport math\n\n{_MERGE}x = 1\n```",
+            f"import math\n\n{_MERGE}x = 1\n",
+        ),
         # The prompt has opened the fence.
         (_FENCED, f"{_MERGE}```\nDone.", _MERGE),
         (_FENCED, f"x = 1\n{_MERGE}```\n", f"x = 1\n{_MERGE}"),
@@ -33,17 +36,31 @@ _MERGE = "def merge(base, task_vectors):\n  return base\n"
         (_OPEN, "  return base\n# new\ndef merge(a, b):\n  return 1", _MERGE),
         (_OPEN, "  return base\n\nThat is all.", _MERGE),
         (_OPEN, "  return base\n<|endoftext|>", _MERGE),
-        (_OPEN, "  x = base\n\n  return f(x)\n\ndef f(x):\n  return x\nend",
-         "def merge(base, task_vectors):\n  x = base\n\n  return f(x)\n\n"
-         "def f(x):\n  return x\n"),
-        (_OPEN, "  return sum(\n    task_vectors\n)\nend",
-         "def merge(base, task_vectors):\n  return sum(\n    task_vectors\n)\n"),
+        (
+            _OPEN,
+            "  x = base\n\n  return f(x)\n\ndef f(x):\n  return x\nend",
+            "def merge(base, task_vectors):\n  x = base\n\n  return f(x)\n\n"
+            "def f(x):\n  return x\n",
+        ),
+        (
+            _OPEN,
+            "  return sum(\n    task_vectors\n)\nend",
+            "def merge(base, task_vectors):\n"
+            "  return sum(\n    task_vectors\n)\n",
+        ),
         (_OPEN, f"  return 1\n```python\n{_MERGE}```", _MERGE),
         # No fence at all.
         (_CHAT, f"Sure!\n{_MERGE}\nThis returns the base.", _MERGE),
-        (_CHAT, f"import math\nK = 2\n\n{_MERGE}K", f"import math\nK = 2\n\n{_MERGE}"),
-        (_CHAT, f"def f(x):\n  return x\n\n{_MERGE}",
-         f"def f(x):\n  return x\n\n{_MERGE}"),
+        (
+            _CHAT,
+            f"import math\nK = 2\n\n{_MERGE}K",
+            f"import math\nK = 2\n\n{_MERGE}",
+        ),
+        (
+            _CHAT,
+            f"def f(x):\n  return x\n\n{_MERGE}",
+            f"def f(x):\n  return x\n\n{_MERGE}",
+        ),
     ],
 )
 def test_extracts(prompt, completion, source):

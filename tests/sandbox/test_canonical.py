@@ -5,8 +5,7 @@ import functools
 import pytest
 
 from selfdev_jax import config
-from selfdev_jax.sandbox import trace
-from selfdev_jax.sandbox import verify
+from selfdev_jax.sandbox import trace, verify
 
 _HEAD = "def merge(base, task_vectors):\n"
 _SUM = _HEAD + "  return base + 0.3 * sum(task_vectors)\n"
@@ -53,8 +52,10 @@ def test_same_as_weighted_sum(source):
         ("2 * base", "base * 2.0"),
         ("jnp.where(base > 0, base, 0)", "jnp.where(0 < base, base, 0.0)"),
         ("jnp.maximum(base, 0)", "jnp.maximum(0.0, base)"),
-        ("jnp.exp(base) + jnp.exp(base)",
-         _HEAD + "  x = jnp.exp(base)\n  return x + x\n"),
+        (
+            "jnp.exp(base) + jnp.exp(base)",
+            _HEAD + "  x = jnp.exp(base)\n  return x + x\n",
+        ),
     ],
 )
 def test_same(one, other):
@@ -70,16 +71,26 @@ def test_same(one, other):
         ("base / 2", "2 / base"),
         ("jnp.where(base > 0, base, 0)", "jnp.where(base >= 0, base, 0)"),
         ("jnp.sort(base, axis=0)", "jnp.flip(jnp.sort(base, axis=0), 0)"),
-        ("base + jax.random.normal(jax.random.key(0), base.shape)",
-         "base + jax.random.normal(jax.random.key(1), base.shape)"),
-        ("lax.fori_loop(0, 2, lambda i, x: x / 2, base)",
-         "lax.fori_loop(0, 3, lambda i, x: x / 2, base)"),
-        ("lax.fori_loop(0, 2, lambda i, x: x / 2, base)",
-         "lax.fori_loop(0, 2, lambda i, x: x / 3, base)"),
-        ("jnp.linalg.norm(base) + jnp.zeros_like(base)",
-         "jnp.linalg.norm(base) * jnp.ones_like(base) + base"),
-        ("lax.cond(base.sum() > 0, lambda: base, lambda: 2 * base)",
-         "lax.cond(base.sum() > 0, lambda: 2 * base, lambda: base)"),
+        (
+            "base + jax.random.normal(jax.random.key(0), base.shape)",
+            "base + jax.random.normal(jax.random.key(1), base.shape)",
+        ),
+        (
+            "lax.fori_loop(0, 2, lambda i, x: x / 2, base)",
+            "lax.fori_loop(0, 3, lambda i, x: x / 2, base)",
+        ),
+        (
+            "lax.fori_loop(0, 2, lambda i, x: x / 2, base)",
+            "lax.fori_loop(0, 2, lambda i, x: x / 3, base)",
+        ),
+        (
+            "jnp.linalg.norm(base) + jnp.zeros_like(base)",
+            "jnp.linalg.norm(base) * jnp.ones_like(base) + base",
+        ),
+        (
+            "lax.cond(base.sum() > 0, lambda: base, lambda: 2 * base)",
+            "lax.cond(base.sum() > 0, lambda: 2 * base, lambda: base)",
+        ),
     ],
 )
 def test_different(one, other):

@@ -72,7 +72,7 @@ def test_refuses(source, code, words):
         "from typing import List, Optional\nimport itertools\n" + _BODY,
         "from jax.numpy import linalg\nimport jax.numpy.linalg as la\n" + _BODY,
         "def helper(x):\n  while True:\n    return x\n" + _BODY,
-        "def merge(base, task_vectors):\n  assert task_vectors\n  return base\n",
+        "def merge(base, tvs):\n  assert tvs\n  return base\n",
     ],
 )
 def test_accepts(source):

@@ -15,8 +15,7 @@ import time
 
 import pytest
 
-from selfdev_jax import config
-from selfdev_jax import sandbox
+from selfdev_jax import config, sandbox
 
 SHAPES = [(6, 4), (5,)]
 LIMITS = config.Sandbox(timeout_s=1.5, memory_bytes=1 << 28, output_bytes=1000)
@@ -99,8 +98,11 @@ def _gone(pid, timeout_s=5.0):
         ("x = " + "[" * 150 + "]" * 150 + "\n", "filter", "no_merge"),
         ("import os\n" + GOOD, "filter", "import"),
         (_merge("return ().__class__"), "filter", "attribute"),
-        (_merge("if base.sum() > 0:\n  return base\nreturn -base"), "trace",
-         "data_dependent_if"),
+        (
+            _merge("if base.sum() > 0:\n  return base\nreturn -base"),
+            "trace",
+            "data_dependent_if",
+        ),
         (_merge("return max(base[0], base[1])"), "trace", "data_dependent_if"),
         (_merge("return base * float(base.sum())"), "trace", "data_dependent"),
         (_merge("return base[base > 0]"), "trace", "data_dependent"),
@@ -113,14 +115,31 @@ def _gone(pid, timeout_s=5.0):
         (_merge("return undefined"), "trace", "exception"),
         (_merge("raise ValueError('a\\nb')"), "trace", "exception"),
         (_merge("return merge(base, task_vectors)"), "trace", "recursion"),
-        (_merge("return lax.while_loop(lambda x: x.sum() > 0, lambda x: x - 1,"
-                " base)"), "trace", "primitive"),
-        (_merge("return base + jax.random.poisson(jax.random.key(0), 1.0)"),
-         "trace", "primitive"),
-        (_merge("return lax.fori_loop(0, 10**9, lambda i, x: x + 1.0, base)"),
-         "verify", "loop_trips"),
-        (_merge("for _ in range(20_000):\n  base = base + 1.0\nreturn base"),
-         "trace", None),
+        (
+            _merge(
+                "return lax.while_loop(lambda x: x.sum() > 0, lambda x: x - 1,"
+                " base)"
+            ),
+            "trace",
+            "primitive",
+        ),
+        (
+            _merge("return base + jax.random.poisson(jax.random.key(0), 1.0)"),
+            "trace",
+            "primitive",
+        ),
+        (
+            _merge(
+                "return lax.fori_loop(0, 10**9, lambda i, x: x + 1.0, base)"
+            ),
+            "verify",
+            "loop_trips",
+        ),
+        (
+            _merge("for _ in range(20_000):\n  base = base + 1.0\nreturn base"),
+            "trace",
+            None,
+        ),
     ],
 )
 def test_rejected_with_a_reason(box, source, stage, code):
@@ -137,7 +156,8 @@ def test_exponential_inlining_is_cut(box):
   )
   source = (
       "def merge(base, task_vectors):\n  f0 = jnp.sin\n"
-      + doubled + "  return f30(base)\n"
+      + doubled
+      + "  return f30(base)\n"
   )
   assert box.admit(source).code == "equations"
 
@@ -228,8 +248,10 @@ def test_no_process_survives(naked, tmp_path):
 
 def test_zygote_killed_from_inside(naked):
   verdict = naked.admit(
-      _merge("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"
-             "while True: pass")
+      _merge(
+          "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"
+          "while True: pass"
+      )
   )
   assert (verdict.stage, verdict.code) == ("trace", "crash")
   _holds(naked)
@@ -363,10 +385,12 @@ def test_forged_answer(naked, expression):
 
 
 def test_forged_reason_is_one_printable_line(naked):
-  verdict = naked.admit(_forge(
-      r"json.dumps({'rejected': ['trace', 'x', '\x1b[31m\u202e' + 'a\n' * 5000"
-      r"]}).encode()"
-  ))
+  verdict = naked.admit(
+      _forge(
+          r"json.dumps({'rejected': ['trace', 'x', '\x1b[31m\u202e' +"
+          r" 'a\n' * 5000]}).encode()"
+      )
+  )
   assert verdict.code == "x"
   assert len(verdict.message) <= 300
   assert verdict.message.isprintable()
@@ -381,9 +405,7 @@ def test_answer_without_end(naked):
 
 
 def test_answer_and_stay(naked):
-  verdict = naked.admit(
-      _merge("import os, time\nos.close(3)\ntime.sleep(100)")
-  )
+  verdict = naked.admit(_merge("import os, time\nos.close(3)\ntime.sleep(100)"))
   assert (verdict.stage, verdict.code) == ("trace", "crash")
   _holds(naked)
 
@@ -404,9 +426,7 @@ def test_many_threads_share_one_sandbox(box):
 
 def test_interrupt_in_the_caller_leaves_a_working_sandbox(box):
   box.admit(GOOD)
-  timer = threading.Timer(
-      0.3, lambda: os.kill(os.getpid(), signal.SIGINT)
-  )
+  timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
   timer.start()
   with pytest.raises(KeyboardInterrupt):
     box.admit(_merge("while base.ndim: pass"))

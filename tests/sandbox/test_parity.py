@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfdev_jax import config
-from selfdev_jax import sandbox
+from selfdev_jax import config, sandbox
 from selfdev_jax.programs import contract
 
 SHAPES = [(6, 4), (5,)]
@@ -36,7 +35,10 @@ def _direct(source):
 
 def _arrays(shape, layers=()):
   rng = np.random.default_rng(0)
-  draw = lambda: jnp.asarray(rng.normal(size=(*layers, *shape)), jnp.float32)
+
+  def draw():
+    return jnp.asarray(rng.normal(size=(*layers, *shape)), jnp.float32)
+
   return draw(), [0.3 * draw() for _ in range(EXPERTS)]
 
 

@@ -5,15 +5,12 @@ import json
 import pathlib
 
 import hypothesis
-from hypothesis import strategies as st
 import jax
 import pytest
+from hypothesis import strategies as st
 
 from selfdev_jax import config
-from selfdev_jax.sandbox import ir
-from selfdev_jax.sandbox import rebuild
-from selfdev_jax.sandbox import trace
-from selfdev_jax.sandbox import verify
+from selfdev_jax.sandbox import ir, rebuild, trace, verify
 
 SHAPE = (4, 3)
 LIMITS = config.Sandbox()
@@ -74,10 +71,15 @@ def test_keeps_what_jax_inferred_not_what_was_sent():
     [
         ("lax.fori_loop(0, 10**9, lambda i, x: x, base)", "loop_trips"),
         ("base + jnp.zeros((20_000, 20_000)).sum()", "memory"),
-        ("base + (jnp.ones((10**5, 900)) @ jnp.ones((900, 10**5))).sum()",
-         "flops"),
-        ("lax.fori_loop(0, 10**4, lambda i, x: lax.fori_loop(0, 10**4, lambda"
-         " i, x: x * i, x), base)", "loop_trips"),
+        (
+            "base + (jnp.ones((10**5, 900)) @ jnp.ones((900, 10**5))).sum()",
+            "flops",
+        ),
+        (
+            "lax.fori_loop(0, 10**4, lambda i, x: lax.fori_loop(0, 10**4,"
+            " lambda i, x: x * i, x), base)",
+            "loop_trips",
+        ),
     ],
 )
 def test_cost_bounds(body, code):
@@ -118,8 +120,24 @@ def test_counts_equations_and_constants():
         ([["reduce_max", [0], {"axes": [0]}, 1]], 4, "output"),
         ([["eq", [0, 1], {}, 1]], 4, "output"),
         ([], ["float32", 1.0], "output"),
-        ([["const", [], {"value": {"dtype": "float32", "shape": [10**9],
-                                   "data": []}}, 1]], 0, "malformed"),
+        (
+            [
+                [
+                    "const",
+                    [],
+                    {
+                        "value": {
+                            "dtype": "float32",
+                            "shape": [10**9],
+                            "data": [],
+                        }
+                    },
+                    1,
+                ]
+            ],
+            0,
+            "malformed",
+        ),
     ],
 )
 def test_hostile_ir(equations, output, code):
@@ -130,11 +148,19 @@ def test_hostile_ir(equations, output, code):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "nul", "[]", "{}", "1" * 5000, "[" * 100_000, "\0", "NaN",
+        "",
+        "nul",
+        "[]",
+        "{}",
+        "1" * 5000,
+        "[" * 100_000,
+        "\0",
+        "NaN",
         '{"version":1,"num_experts":3,"leaves":[]}',
         '{"version":2,"num_experts":3,"leaves":[]}',
         '{"version":1,"num_experts":3,"leaves":[[]]}',
-        b"\xff\xfe\x00", b"\x80",
+        b"\xff\xfe\x00",
+        b"\x80",
     ],
 )
 def test_no_program_at_all(text):
@@ -151,10 +177,18 @@ def test_other_shapes():
 def test_loops_nested_too_deeply():
   block = {"inputs": 1, "equations": [], "outputs": [0]}
   for _ in range(50):
-    params = {"jaxpr": block, "length": 1, "reverse": False, "num_consts": 0,
-              "num_carry": 1}
-    block = {"inputs": 1, "equations": [["scan", [0], params, 1]],
-             "outputs": [1]}
+    params = {
+        "jaxpr": block,
+        "length": 1,
+        "reverse": False,
+        "num_consts": 0,
+        "num_carry": 1,
+    }
+    block = {
+        "inputs": 1,
+        "equations": [["scan", [0], params, 1]],
+        "outputs": [1],
+    }
   assert _code(_program(block["equations"], 0, inputs=4)) == "malformed"
 
 
@@ -167,8 +201,9 @@ _ANYTHING = st.recursive(
     | st.floats()
     | st.sampled_from([0, 1, -1, 2**31, "", "float32", "scan", "nan", "add"]),
     lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["dtype", "shape", "axes"]), inner,
-                      max_size=2),
+    | st.dictionaries(
+        st.sampled_from(["dtype", "shape", "axes"]), inner, max_size=2
+    ),
     max_leaves=5,
 )
 
@@ -224,23 +259,39 @@ def test_mutated_ir_is_verified_or_refused(text):
 
 
 _UNARY = st.sampled_from(
-    ["jnp.abs({})", "jnp.tanh({})", "jnp.sign({})", "-{}", "{} ** 3",
-     "jnp.sort({}, axis=0)", "jnp.cumsum({}, axis=1)", "{}.T.T", "{}.mean(0)",
-     "jnp.clip({}, -1, 0.5)", "jnp.where({0} > 0, {0}, 0)",
-     "lax.fori_loop(0, 2, lambda i, x: x * 0.5, {})", "jnp.roll({}, 1)",
-     "jax.jit(jnp.exp)({})", "jnp.stack([{0}, {0}]).max(0)"]
+    [
+        "jnp.abs({})",
+        "jnp.tanh({})",
+        "jnp.sign({})",
+        "-{}",
+        "{} ** 3",
+        "jnp.sort({}, axis=0)",
+        "jnp.cumsum({}, axis=1)",
+        "{}.T.T",
+        "{}.mean(0)",
+        "jnp.clip({}, -1, 0.5)",
+        "jnp.where({0} > 0, {0}, 0)",
+        "lax.fori_loop(0, 2, lambda i, x: x * 0.5, {})",
+        "jnp.roll({}, 1)",
+        "jax.jit(jnp.exp)({})",
+        "jnp.stack([{0}, {0}]).max(0)",
+    ]
 )
 _BINARY = st.sampled_from(
-    ["({} + {})", "({} * {})", "({} - {})", "jnp.maximum({}, {})",
-     "jnp.where({0} > {1}, {0}, {1})"]
+    [
+        "({} + {})",
+        "({} * {})",
+        "({} - {})",
+        "jnp.maximum({}, {})",
+        "jnp.where({0} > {1}, {0}, {1})",
+    ]
 )
 _EXPRESSIONS = st.recursive(
     st.sampled_from(["base", "task_vectors[0]", "task_vectors[1]", "0.3", "2"]),
     lambda inner: st.builds(
         lambda form, x, y: form.format(x, y), _BINARY, inner, inner
-    ) | st.builds(
-        lambda form, x: form.format(f"(base * {x})"), _UNARY, inner
-    ),
+    )
+    | st.builds(lambda form, x: form.format(f"(base * {x})"), _UNARY, inner),
     max_leaves=6,
 )
 

@@ -1,0 +1,235 @@
+"""The whole loop on the smoke config, run as a user runs it."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from selfdev_jax import convert
+from selfdev_jax import records
+from selfdev_jax import store as store_lib
+
+pytestmark = pytest.mark.slow
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_FAMILIES = ("task_arithmetic", "ties", "random_weights")
+
+
+def _start(workdir, cache, *overrides):
+  command = [sys.executable, "-m", "launch.self_develop"]
+  command += ["--config=configs/smoke.py", f"--workdir={workdir}", *overrides]
+  environment = dict(os.environ, SELFDEV_CACHE=str(cache))
+  environment.pop("XLA_FLAGS", None)  # As a user has it: one device.
+  return subprocess.Popen(
+      command,
+      cwd=_ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+  )
+
+
+def _finish(process):
+  """(exit status, result without timings, standard error)."""
+  out, err = process.communicate(timeout=400)
+  if process.returncode:
+    return process.returncode, None, err
+  result = json.loads(out.splitlines()[-1])
+  del result["seconds"]
+  return 0, result, err
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+  """(workdir, result, seconds) of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("smoke") / "run"
+  start = time.monotonic()
+  status, result, err = _finish(_start(workdir, cache))
+  assert status == 0, err
+  return workdir, result, time.monotonic() - start
+
+
+def test_the_result_has_every_part(finished):
+  _, result, _ = finished
+  assert result["config"] == "smoke"
+  assert set(result["seed_model"]) == {"dev", "test"}
+  assert [row["t"] for row in result["iterations"]] == [1, 2]
+  assert result["iterations"][0] == result["control"][0]
+  for row in result["iterations"] + result["control"]:
+    assert 0 < row["distinct"] <= row["admitted"] <= row["sampled"]
+    assert 0 <= row["mean_dev"] <= row["best_dev"] <= 1
+  evaluated = result["best"]["evaluated"]
+  assert evaluated == sum(row["evaluated"] for row in result["iterations"])
+  for name in _FAMILIES:
+    assert result["baselines"][name]["evaluated"] == evaluated
+  assert result["baselines"]["control"]["evaluated"] <= evaluated
+  for entry in (result["best"], *result["baselines"].values()):
+    low, high = entry["ci95"]
+    assert low <= entry["test"] <= high and entry["n_test"] == 120
+
+
+def test_the_models_learned_and_dpo_moved_the_factory(finished):
+  workdir, _, _ = finished
+  with store_lib.Store.read(workdir) as archive:
+    steps = archive.steps(1)
+    assert len(steps) == 6
+    assert steps[0].metrics["loss"] != steps[-1].metrics["loss"]
+    assert steps[0].metrics["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert steps[-1].metrics["rewards/margins"] > 0
+    verdicts = archive.verdicts()
+    assert any(v.admitted for v in verdicts)
+    loop, control = (
+        [c.text for c in archive.completions(arm, 2)] for arm in records.ARMS
+    )
+    assert loop != control[: len(loop)]  # Same keys, another factory.
+
+
+def test_every_score_can_be_recounted_from_its_generations(finished):
+  workdir, _, _ = finished
+  with store_lib.Store.read(workdir) as archive:
+    for split, n in ((records.DEV, 60), (records.TEST, 120)):
+      scores = archive.scores(split)
+      assert scores
+      for name, score in scores.items():
+        responses = archive.responses(name, split)
+        assert score.n == len(responses) == n
+        assert score.correct == sum(r.extracted == r.gold for r in responses)
+
+
+def test_the_best_model_is_a_hugging_face_directory(finished, cache):
+  workdir, result, _ = finished
+  best = transformers.AutoModelForCausalLM.from_pretrained(
+      workdir / "best", dtype=torch.float32
+  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "best")
+  digest = result["best"]["program_id"]
+  with store_lib.Store.read(workdir) as archive:
+    responses = archive.responses(f"program:{digest}", records.DEV)[:8]
+  for response in responses:
+    prompt = tokenizer(response.prompt, return_tensors="pt")
+    tokens = best.generate(**prompt, max_new_tokens=16, do_sample=False)
+    written = tokenizer.decode(
+        tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert written == response.text
+
+
+def test_the_factory_is_a_lora_adapter(finished, cache):
+  workdir, _, _ = finished
+  (seed,) = cache.glob("tiny-*/seed")
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+      seed, dtype=torch.float32
+  )
+  tokens = torch.arange(5, 25)[None]
+  with torch.no_grad():
+    before = base(tokens).logits
+    factory = peft.PeftModel.from_pretrained(
+        base, workdir / "factories" / "iteration_2"
+    )
+    after = factory(tokens).logits
+  assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_the_tiny_seed_model_equals_transformers(finished, cache):
+  del finished  # Trained it.
+  from selfdev_jax import models
+
+  (seed,) = cache.glob("tiny-*/seed")
+  reference = transformers.AutoModelForCausalLM.from_pretrained(
+      seed, dtype=torch.float32
+  )
+  tokens = np.random.default_rng(0).integers(0, 375, (4, 64)).astype(np.int32)
+  with torch.no_grad():
+    expected = reference(torch.tensor(tokens)).logits.numpy()
+  config, params = convert.load(seed)
+  found = models.logits(
+      config, params, models.forward(config, params, jax.numpy.array(tokens))
+  )
+  np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+def test_a_finished_run_returns_at_once_with_the_same_result(finished, cache):
+  workdir, result, _ = finished
+  with store_lib.Store.read(workdir) as archive:
+    before = archive.timings()
+  status, again, err = _finish(_start(workdir, cache))
+  assert status == 0, err
+  assert again == result
+  with store_lib.Store.read(workdir) as archive:
+    assert archive.timings() == before
+
+
+def test_the_report_is_one_file(finished):
+  workdir, result, _ = finished
+  page = (workdir / "report.html").read_text()
+  assert result["best"]["program_id"][:12] in page
+  assert "http://" not in page.replace("http://www.w3.org/", "")
+
+
+def test_a_workdir_of_another_config_is_refused(finished, cache):
+  workdir, _, _ = finished
+  process = _start(workdir, cache, "--config.dpo.beta=0.7")
+  status, _, err = _finish(process)
+  assert status == 2
+  assert "dpo.beta (0.1 there, 0.7 here)" in err and "Traceback" not in err
+
+
+def test_ctrl_c_is_one_line_and_resumable(cache, finished, tmp_path):
+  del finished  # Only so that the world is trained.
+  process = _start(tmp_path / "run", cache)
+  archive = tmp_path / "run" / "archive.sqlite"
+  while not archive.exists():
+    assert process.poll() is None
+    time.sleep(0.1)
+  time.sleep(3)
+  process.send_signal(signal.SIGINT)
+  status, _, err = _finish(process)
+  assert status == 130
+  assert err.splitlines()[-1] == "interrupted; the same command resumes"
+  assert "Traceback" not in err
+
+
+@pytest.mark.timeout(560)
+def test_killed_at_random_moments_the_result_is_the_same(
+    finished, cache, tmp_path
+):
+  _, expected, seconds = finished
+  seed = random.SystemRandom().randrange(10**6)
+  rng = random.Random(seed)
+  workdir = tmp_path / "run"
+  kept = []
+  for _ in range(5):
+    process = _start(workdir, cache)
+    archive = workdir / "archive.sqlite"
+    while not archive.exists():
+      assert process.poll() is None
+      time.sleep(0.1)
+    try:
+      process.wait(rng.uniform(4, 4 + seconds / 6))
+    except subprocess.TimeoutExpired:
+      process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"finished early, seed {seed}"
+    with store_lib.Store.read(workdir) as store:
+      kept.append(len(store.scores(records.DEV)))
+  status, result, err = _finish(_start(workdir, cache))
+  assert status == 0, err
+  assert result == expected, f"seed {seed}, evaluations at each kill {kept}"
+  assert kept == sorted(kept)  # No finished evaluation was lost.
