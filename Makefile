@@ -31,7 +31,7 @@ demo: env  ## The whole loop on the toy world: at most 15 minutes on two cores.
 test: test-fast test-slow  ## All tests, the fast ones first.
 
 test-fast: $(VENV)/dev.stamp  ## The fast tests: under two minutes.
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses=2 --dist=loadfile
 
 test-slow: $(VENV)/dev.stamp  ## The whole-loop tests.
 	@$(BIN)/python -m pytest -m slow

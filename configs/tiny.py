@@ -1,7 +1,7 @@
 """The demo: Self-Developing on a toy world, for real, on two CPU cores.
 
 Trains a 785k-parameter seed model and three experts (once, cached), then runs
-three iterations of 96 programs, the loop without DPO beside it, and three
+three iterations of 128 programs, the loop without DPO beside it, and three
 sweeps with as many evaluations as the loop had.
 
   make demo
@@ -21,18 +21,18 @@ def get_config():
           top_k=15,
           propose=config_lib.Propose(
               prompt="tiny",
-              samples=96,
+              samples=128,
               temperature=1.0,  # At 1.2 a third of the tiny programs break.
               temperature_decay=0.2,
               max_new_tokens=224,
-              batch_size=96,
+              batch_size=128,
           ),
           merge=config_lib.Merge(scope="all"),
           evaluate=config_lib.Evaluate(
               task="arithmetic",
               dev_size=300,
               test_size=1200,
-              batch_size=300,
+              batch_size=150,
               max_new_tokens=16,
           ),
           preferences=config_lib.Preferences(

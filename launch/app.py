@@ -1,13 +1,15 @@
 """How every launch script ends: in a result, or in one line that helps."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import difflib
 import errno
 import os
 import runpy
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
+from typing import NoReturn
 
 from absl import app as absl_app
 from absl import flags
@@ -18,8 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # transformers says that it found no PyTorch; none is needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from selfdev_jax import config as config_lib  # noqa: E402
-from selfdev_jax import errors  # noqa: E402
+from selfdev_jax import config as config_lib
+from selfdev_jax import errors
 
 _DISK_FULL = "database or disk is full"
 
@@ -67,7 +69,7 @@ def load_config(holder: flags.FlagHolder) -> config_lib.Config:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  """absl's parser, with one line for an override of a key that is not there.
+  """Absl's parser, with one line for an override of a key that is not there.
 
   ml_collections raises an AttributeError or KeyError for it.
   """

@@ -25,9 +25,7 @@ class ConfigError(errors.UserError):
 
 def _between(default, low=None, high=None):
   """A field with a default that has to lie in [low, high]."""
-  return dataclasses.field(
-      default=default, metadata={"low": low, "high": high}
-  )
+  return dataclasses.field(default=default, metadata={"low": low, "high": high})
 
 
 def _one_of(*choices):

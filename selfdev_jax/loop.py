@@ -6,17 +6,18 @@ finished one. Keys are folded from (seed, iteration, stage, item): a resumed
 run draws what the uninterrupted one would have drawn.
 """
 
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-import functools
 import importlib.metadata
 import os
 import pathlib
 import platform
 import subprocess
 import time
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,13 @@ from selfdev_jax import store as store_lib
 from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import train as train_lib
 
+_PROGRAM = "program:"
 BASELINES = ("task_arithmetic", "ties", "weights")
+
+# What the sweeps search: factors of a task vector, evenly on a log scale (the
+# best ones differ by an order of magnitude between worlds), and densities.
+_SCALES = (0.02, 2.0)
+_DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 # The control draws at most this many times the loop's samples to evaluate as
 # many new programs as the loop did.
@@ -130,7 +137,8 @@ def _provenance() -> dict[str, Any]:
   """Versions and hardware of this session."""
   root = pathlib.Path(__file__).parent
   git = subprocess.run(
-      ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+      ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+      cwd=root,
       capture_output=True,
       text=True,
       check=False,
@@ -150,7 +158,7 @@ def _provenance() -> dict[str, Any]:
 
 def _program(digest: str) -> str:
   """The name of a program's merged model."""
-  return f"program:{digest}"
+  return _PROGRAM + digest
 
 
 class _Run:
@@ -242,10 +250,12 @@ class _Run:
           max_new_tokens=config.max_new_tokens,
           temperature=self._config.temperature(t),
       ):
-        self._archive.add_completions([
-            records.Completion(arm, t, have + i, g.text, g.finished)
-            for i, g in enumerate(batch)
-        ])
+        self._archive.add_completions(
+            [
+                records.Completion(arm, t, have + i, g.text, g.finished)
+                for i, g in enumerate(batch)
+            ]
+        )
         have += len(batch)
         bar.update(len(batch))
 
@@ -291,9 +301,7 @@ class _Run:
     """
     earlier = set()
     for before in range(1, t):
-      earlier |= {
-          v.digest for v in self._verdicts(arm, before) if v.admitted
-      }
+      earlier |= {v.digest for v in self._verdicts(arm, before) if v.admitted}
     found = [v.digest for v in self._verdicts(arm, t) if v.admitted]
     return [d for d in dict.fromkeys(found) if d not in earlier]
 
@@ -307,7 +315,6 @@ class _Run:
 
   # Scores.
 
-  @functools.cache
   def _items(self, split: str) -> list[evaluation.Item]:
     sizes = {
         records.DEV: self._config.evaluate.dev_size,
@@ -347,12 +354,20 @@ class _Run:
     return merging.constant(merging.METHODS[family], values)
 
   def _merge(self, name: str) -> tuple[models.Params, bool]:
-    return merging.merge(
-        self._method(name),
-        self._models.seed,
-        list(self._models.experts.values()),
-        self._config.merge.scope,
-    )
+    """(merged parameters, whether there are any and all are finite)."""
+    try:
+      return merging.merge(
+          self._method(name),
+          self._models.seed,
+          list(self._models.experts.values()),
+          self._config.merge.scope,
+      )
+    except jax.errors.JaxRuntimeError:
+      # What passed the verifier can still be too much for this device, and
+      # would be again on every resume: a verdict on the program, no crash.
+      if not name.startswith(_PROGRAM):
+        raise
+      return {}, False
 
   def _score(self, name: str, split: str):
     start = time.monotonic()
@@ -386,7 +401,7 @@ class _Run:
   # Preferences and DPO.
 
   def _adapter(self, arm: str, t: int) -> models.Params | None:
-    """The factory of iteration `t` as a scaled adapter; None: the seed model."""
+    """The factory of iteration `t`, scaled; None where it is the seed model."""
     if arm == records.CONTROL or t == 1:
       return None
     adapter = convert.load_adapter(self._factory_path(t), self._models.decoder)
@@ -399,9 +414,7 @@ class _Run:
   def _candidates(self, t: int) -> list[preferences.Candidate]:
     """The loop's scored programs of one iteration."""
     scores = self._archive.scores(records.DEV)
-    texts = {
-        c.item: c.text for c in self._archive.completions(records.LOOP, t)
-    }
+    texts = {c.item: c.text for c in self._archive.completions(records.LOOP, t)}
     items = {}
     for verdict in self._archive.verdicts(records.LOOP, t):
       items.setdefault(verdict.digest, verdict.item)
@@ -439,9 +452,8 @@ class _Run:
         )
       self._archive.replace_pairs(t, pairs)
       config, loaded = self._config.dpo, self._models
-      key = self._key(t, "refine")
       adapter = (
-          lora.init(key, loaded.decoder, config.lora_rank)
+          lora.init(self._key(t, "lora"), loaded.decoder, config.lora_rank)
           if t == 1
           else convert.load_adapter(self._factory_path(t), loaded.decoder)
       )
@@ -453,7 +465,7 @@ class _Run:
           pairs,
           loaded.tokenizer.encode,
           loaded.tokenizer.eos_token_id,
-          key,
+          self._key(t, "dpo"),
           label=f"{t} {records.LOOP}: DPO",
       )
       convert.save_adapter(
@@ -482,16 +494,18 @@ class _Run:
 
   def _sweep(self, family: str, budget: int) -> list[str]:
     """Names of `budget` settings of a baseline, the same in every session."""
+    experts = len(self._models.experts)
     if family == "task_arithmetic":
-      scales = np.linspace(0.02, 1.5, budget).round(4)
+      scales = np.geomspace(*_SCALES, budget).round(5)
       return [f"task_arithmetic:scale={s}" for s in scales]
     if family == "ties":
-      densities = np.linspace(0.1, 1.0, 10).round(2)
-      scales = np.linspace(0.1, 2.0, -(-budget // len(densities))).round(4)
-      grid = [f"ties:density={d},scale={s}" for s in scales for d in densities]
+      # TIES averages where task arithmetic sums: the same range a sum over.
+      scales = np.geomspace(*_SCALES, -(-budget // len(_DENSITIES)))
+      scales = (scales * experts).round(5)
+      grid = [f"ties:density={d},scale={s}" for s in scales for d in _DENSITIES]
       return grid[:budget]
     rng = np.random.default_rng([self._config.seed, zlib.crc32(b"weights")])
-    drawn = rng.uniform(0, 1, (budget, len(self._models.experts))).round(4)
+    drawn = np.exp(rng.uniform(*np.log(_SCALES), (budget, experts))).round(5)
     return ["weights:" + ",".join(map(str, row)) for row in drawn]
 
   def _test(self):
@@ -502,7 +516,8 @@ class _Run:
       chosen += _best(dev, [m for m in dev if m.startswith(f"{family}:")], 1)
     for arm, n in ((records.LOOP, self._config.top_k), (records.CONTROL, 1)):
       chosen += _best(dev, map(_program, self._evaluated(arm)), n)
-    self._score_all(records.LOOP, 0, "test", records.TEST, [*dict.fromkeys(chosen)])
+    distinct = list(dict.fromkeys(chosen))
+    self._score_all(records.LOOP, 0, "test", records.TEST, distinct)
 
   def _evaluated(self, arm: str) -> list[str]:
     """Digests that an arm paid for, in order."""

@@ -1,9 +1,9 @@
 """Progress of a long step: a bar on a terminal, plain lines elsewhere."""
 
+from collections.abc import Iterator
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
 
 import tqdm
 

@@ -87,8 +87,8 @@ class Score:
   """Accuracy of one merged model on one split.
 
   `model` is `program:DIGEST`, or a baseline such as `ties:density=0.5,...`,
-  `seed`, `expert:NAME`. `correct` is None where the merge gave non-finite
-  weights and nothing was evaluated.
+  `seed`, `expert:NAME`. `correct` is None where the merge failed or gave
+  non-finite weights and nothing was evaluated.
   """
 
   model: str
@@ -131,7 +131,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Wall-clock seconds that a stage took, resumed sessions each on their own."""
+  """Wall-clock seconds of a stage; a resumed one has several."""
 
   arm: str
   iteration: int  # 0 for what belongs to no iteration.

@@ -33,7 +33,7 @@ CREATE TABLE scores (
   model TEXT NOT NULL,
   split TEXT NOT NULL CHECK (split IN ('dev', 'test')),
   n INTEGER NOT NULL,
-  correct INTEGER,                   -- NULL: the merge was not finite
+  correct INTEGER,                   -- NULL: the merge failed or was not finite
   merge_s REAL NOT NULL,
   evaluate_s REAL NOT NULL,
   PRIMARY KEY (model, split)

@@ -4,6 +4,10 @@ Every method that writes commits before it returns, so a killed process loses
 at most the record it was about to write.
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import fcntl
@@ -13,7 +17,6 @@ import os
 import pathlib
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from selfdev_jax import config as config_lib
@@ -179,7 +182,8 @@ class Store:
     try:
       yield
     except BaseException:
-      self._db.execute("ROLLBACK")
+      if self._db.in_transaction:  # A full disk has rolled back already.
+        self._db.execute("ROLLBACK")
       raise
     self._db.execute("COMMIT")
 

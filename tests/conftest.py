@@ -10,11 +10,13 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import numpy as np
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Half the time to compile, twice the time to run: right for small shapes.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +40,3 @@ def random_params():
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
   return make
-
-
-@pytest.fixture(scope="module")
-def unoptimized():
-  """Half the time to compile, twice the time to run: for small shapes."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)

@@ -60,7 +60,7 @@ def test_what_is_written_is_read_back_by_a_second_reader(tmp_path):
 
 def test_replacing_leaves_nothing_of_before(tmp_path):
   with _open(tmp_path) as archive:
-    *_, pair, step = _rows(archive)
+    *_, pair, _ = _rows(archive)
     archive.replace_pairs(1, [dataclasses.replace(pair, item=5)])
     archive.replace_steps(1, [])
     assert [p.item for p in archive.pairs(1)] == [5]
@@ -143,9 +143,30 @@ def test_second_run_is_refused_with_the_firsts_pid(tmp_path):
   with holder:
     assert holder.stdout.readline() == b"held\n"
     message = f"in use by process {holder.pid}"
-    with pytest.raises(store_lib.StoreError, match=message):
-      with store_lib.lock(tmp_path):
-        pass
+    with (
+        pytest.raises(store_lib.StoreError, match=message),
+        store_lib.lock(tmp_path),
+    ):
+      pass
     os.kill(holder.pid, signal.SIGKILL)
   with store_lib.lock(tmp_path):  # A killed run leaves no lock behind.
     assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
+def test_a_full_disk_leaves_the_archive_intact(tmp_path):
+  with _open(tmp_path) as archive:
+    _rows(archive)
+    # SQLite's own limit raises what a full disk raises.
+    (pages,) = archive._db.execute("PRAGMA page_count").fetchone()
+    archive._db.execute(f"PRAGMA max_page_count={pages}")
+    long = [
+        records.Completion("loop", 2, i, "x" * 9000, True) for i in range(9)
+    ]
+    with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+      archive.add_completions(long)
+    assert archive.completions("loop", 2) == []
+    archive._db.execute("PRAGMA max_page_count=100000")
+    archive.add_completions(long)
+  with store_lib.Store.read(tmp_path) as reader:
+    assert reader.completions("loop", 2) == long
+    assert reader._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

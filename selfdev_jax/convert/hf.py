@@ -267,7 +267,7 @@ def save(
 
 @contextlib.contextmanager
 def _new_directory(directory):
-  """A directory to fill; it takes its name, and an old one's place, at the end."""
+  """A directory to fill; only when it is whole does it take its name."""
   target = pathlib.Path(directory)
   partial = target.with_name(target.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)

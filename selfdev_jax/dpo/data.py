@@ -1,6 +1,7 @@
 """Preference pairs as token rows, and the order in which they are seen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 
 import jax
@@ -113,3 +114,28 @@ def order(key: jax.Array, n: int, steps: int, batch_size: int) -> np.ndarray:
   )
   flat = np.asarray(shuffled).reshape(-1)
   return flat[: steps * batch_size].reshape(steps, batch_size)
+
+
+def distinct_rows(
+    batches: np.ndarray, multiple: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+  """Each batch with every row in it once.
+
+  A few programs make many pairs, so a program is met several times in a batch;
+  its log-probability has to be computed but once.
+
+  Args:
+    batches: [steps, batch, 2] int32, the rows of chosen and rejected.
+    multiple: what the number of rows has to be divisible by.
+
+  Returns:
+    (for each step (rows [size] int32, pairs [batch, 2] int32 into those rows),
+     size). The size is the largest step's; the others are filled up.
+  """
+  found = [np.unique(batch, return_inverse=True) for batch in batches]
+  size = max(len(rows) for rows, _ in found)
+  size = -(-size // multiple) * multiple
+  return [
+      (np.resize(rows, size), pairs.reshape(-1, 2).astype(np.int32))
+      for rows, pairs in found
+  ], size

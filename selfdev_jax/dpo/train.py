@@ -1,14 +1,15 @@
 """One round of DPO: the adapter moves, the model under it stays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -60,42 +61,40 @@ def train(
   """
   data = data_lib.tokenize(pairs, encode, eos, decoder.max_positions)
   order = data_lib.order(key, len(pairs), config.steps, config.batch_size)
-  # As many devices as share a batch evenly; a pair stays on one device.
-  devices = jax.devices()[: math.gcd(config.batch_size, jax.device_count())]
-  mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+  batches, size = data_lib.distinct_rows(data.pairs[order], jax.device_count())
+  mesh = jax.make_mesh(
+      (jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,)
+  )
   everywhere = NamedSharding(mesh, PartitionSpec())
-  by_pair = NamedSharding(mesh, PartitionSpec("data"))
+  by_row = NamedSharding(mesh, PartitionSpec("data"))
   params = jax.device_put(params, everywhere)
   # A copy: `_step` takes its buffers over.
   adapter = jax.device_put(jax.tree.map(jnp.array, adapter), everywhere)
   state = jax.jit(_optimizer(config).init, out_shardings=everywhere)(adapter)
 
-  def batch_of(rows):
-    """The token rows of [batch, 2] row numbers, on their devices."""
-    batch = data.tokens[rows], data.is_completion[rows]
-    return jax.device_put(batch, by_pair)
+  def put(rows):
+    """The token rows of these numbers, shared out among the devices."""
+    return jax.device_put((data.tokens[rows], data.is_completion[rows]), by_row)
 
   reference = []
-  for start in range(0, len(data.tokens), 2 * config.batch_size):
-    rows = start + np.arange(2 * config.batch_size).reshape(-1, 2)
+  for start in range(0, len(data.tokens), size):
     # A last, smaller batch is filled up: another shape would compile anew.
-    batch = batch_of(np.minimum(rows, len(data.tokens) - 1))
-    logps, _ = _logps(config, decoder, params, adapter, *batch)
-    reference.append(np.asarray(logps).reshape(-1))
+    rows = np.minimum(start + np.arange(size), len(data.tokens) - 1)
+    logps, _ = _logps(config, decoder, params, adapter, *put(rows))
+    reference.append(np.asarray(logps))
   reference = np.concatenate(reference)[: len(data.tokens)]
 
   history = []
   with progress.bar(label, config.steps) as shown:
-    for step, items in enumerate(order):
-      rows = data.pairs[items]
+    for step, (rows, pairs_of_rows) in enumerate(batches):
       adapter, state, metrics = _step(
           config,
           decoder,
           params,
           adapter,
           state,
-          *batch_of(rows),
-          jax.device_put(reference[rows], by_pair),
+          *put(rows),
+          *jax.device_put((reference[rows], pairs_of_rows), everywhere),
       )
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       for name in ("loss", "grad_norm"):
@@ -132,13 +131,11 @@ def _logps(
     tokens: jax.Array,
     is_completion: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-probabilities and lengths, both [batch, 2], of [batch, 2, seq] rows."""
-  flat = lambda x: x.reshape(-1, x.shape[-1])
+  """Log-probabilities and lengths, both [rows], of [rows, seq] tokens."""
   scaled = lora.scaled(adapter, config.lora_alpha, config.lora_rank)
-  sums, counts = logps_lib.completion_logps(
-      decoder, params, scaled, flat(tokens), flat(is_completion)
+  return logps_lib.completion_logps(
+      decoder, params, scaled, tokens, is_completion
   )
-  return sums.reshape(-1, 2), counts.reshape(-1, 2)
 
 
 @functools.partial(
@@ -155,17 +152,18 @@ def _step(
     tokens: jax.Array,
     is_completion: jax.Array,
     reference: jax.Array,
+    pairs: jax.Array,
 ) -> tuple[models.Params, Any, dict[str, jax.Array]]:
-  """One update of the adapter on [batch, 2, seq] rows."""
+  """One update of the adapter on [rows, seq] tokens, paired by [batch, 2]."""
 
   def loss_fn(adapter):
     logps, counts = _logps(
         config, decoder, params, adapter, tokens, is_completion
     )
     return loss_lib.sigmoid(
-        logps,
-        reference,
-        counts[:, 0],
+        logps[pairs],
+        reference[pairs],
+        counts[pairs[:, 0]],
         beta=config.beta,
         label_smoothing=config.label_smoothing,
         sft_weight=config.sft_weight,

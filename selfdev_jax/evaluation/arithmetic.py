@@ -1,6 +1,6 @@
 """Word problems of one arithmetic step: the task of the toy world.
 
-The answer is written `12+7=19\\n#### 19`, as GSM8K ends its solutions. A
+A solution is `12+7=19` and, a line below, `#### 19`, as GSM8K ends its own. A
 question's text decides which split it belongs to, so that no two splits share
 one.
 """

@@ -1,8 +1,8 @@
 """What is asked, and how an answer is read."""
 
+from collections.abc import Callable
 import dataclasses
 import re
-from collections.abc import Callable
 
 from selfdev_jax import errors
 from selfdev_jax import records

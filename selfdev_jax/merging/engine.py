@@ -5,10 +5,11 @@ sees one tensor at a time, and each kind is compiled once.
 """
 
 import collections
+from collections.abc import Callable
+from collections.abc import Sequence
 import concurrent.futures
 import functools
 import os
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,32 +90,28 @@ def merge(
     (merged parameters in the base's dtypes, whether all are finite).
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(base)
-  paths = [path for path, _ in leaves]
-  merged = [leaf for _, leaf in leaves]
   expert_leaves = [jax.tree.leaves(expert) for expert in experts]
+  merged = [leaf for _, leaf in leaves]
   kinds = collections.defaultdict(list)
-  for i, path in enumerate(paths):
+  for i, (path, leaf) in enumerate(leaves):
     if _in_scope(path, scope):
-      kinds[_is_stacked(path), merged[i].shape].append(i)
+      kinds[_is_stacked(path), _layer_shape(path, leaf)].append(i)
 
-  def merge_kind(indices):
-    fn, coefficients = method(
-        _layer_shape(paths[indices[0]], merged[indices[0]])
-    )
-    kernel = _kernel(fn, _is_stacked(paths[indices[0]]))
+  def merge_kind(kind):
+    is_stacked, shape = kind
+    fn, coefficients = method(shape)
+    kernel = _kernel(fn, is_stacked)
     finite = []
-    for i in indices:
-      deltas_from = [leaves[i] for leaves in expert_leaves]
-      merged[i], is_finite = kernel(merged[i], deltas_from, coefficients)
+    for i in kinds[kind]:
+      of_experts = [tree[i] for tree in expert_leaves]
+      merged[i], is_finite = kernel(merged[i], of_experts, coefficients)
       finite.append(is_finite)
     return finite
 
   # A new program costs more to compile than to apply, and XLA compiles outside
   # of Python's lock: the kinds are compiled side by side.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    finite = [
-        flag for flags in pool.map(merge_kind, kinds.values()) for flag in flags
-    ]
+    finite = [flag for flags in pool.map(merge_kind, kinds) for flag in flags]
   return jax.tree.unflatten(structure, merged), all(map(bool, finite))
 
 

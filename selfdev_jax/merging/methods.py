@@ -30,7 +30,7 @@ def linear(
 def weighted(
     base: jax.Array, task_vectors: Sequence[jax.Array], weights: jax.Array
 ) -> jax.Array:
-  """base + sum_i weights[i] tau_i: task arithmetic with a weight an expert.
+  """Base + sum_i weights[i] tau_i: task arithmetic with a weight an expert.
 
   Args:
     base: any shape, float32.
@@ -43,7 +43,7 @@ def weighted(
 def task_arithmetic(
     base: jax.Array, task_vectors: Sequence[jax.Array], coefficients: jax.Array
 ) -> jax.Array:
-  """base + scale * sum_i tau_i.
+  """Base + scale * sum_i tau_i.
 
   Args:
     base: any shape, float32.

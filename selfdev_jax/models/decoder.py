@@ -2,12 +2,16 @@
 
 Modules live in this file; everywhere else parameters are a plain nested dict:
 
-  embed       [vocab, embed]
-  layers/attention_norm, layers/mlp_norm          [layers, embed]
-  layers/attention/{q, k, v, o}   [layers, embed, heads * head_dim], ..., [..., embed]
-  layers/mlp/{gate, up}, layers/mlp/down          [layers, embed, mlp], [layers, mlp, embed]
-  final_norm  [embed]
-  head        [embed, vocab]; absent when the head is tied to the embedding
+  embed                         [vocab, embed]
+  layers/attention_norm         [layers, embed]
+  layers/attention/q            [layers, embed, heads * head_dim]
+  layers/attention/{k, v}       [layers, embed, kv_heads * head_dim]
+  layers/attention/o            [layers, heads * head_dim, embed]
+  layers/mlp_norm               [layers, embed]
+  layers/mlp/{gate, up}         [layers, embed, mlp]
+  layers/mlp/down               [layers, mlp, embed]
+  final_norm                    [embed]
+  head                          [embed, vocab]; absent when it is tied
 
 A. Q. Jiang et al., Mistral 7B, arXiv 2310.06825.
 """

@@ -30,9 +30,7 @@ def pad_left(rows: list[list[int]], length: int, pad: int = 0):
   return tokens, mask
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "max_new_tokens", "eos")
-)
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos"))
 def generate(
     config: decoder.DecoderConfig,
     params: decoder.Params,
@@ -87,11 +85,11 @@ def generate(
   logits = model.logits(hidden[:, -1])
   position = positions[:, -1]
   if prompts.shape[0] != batch:
-    repeat = lambda x, axis: jnp.repeat(x, batch, axis, total_repeat_length=batch)
-    cache = tuple(repeat(x, 1) for x in cache)
-    logits, position, real = (
-        repeat(x, 0) for x in (logits, position, real)
+    repeat = lambda x, axis: jnp.repeat(
+        x, batch, axis, total_repeat_length=batch
     )
+    cache = tuple(repeat(x, 1) for x in cache)
+    logits, position, real = (repeat(x, 0) for x in (logits, position, real))
 
   def choose(step, logits):
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)

@@ -4,11 +4,12 @@ Each figure takes a width in CSS pixels, so that the page can hold one drawing
 for a screen and one for a telephone.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import io
 import itertools
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.figure
@@ -16,7 +17,8 @@ import matplotlib.ticker
 import numpy as np
 
 from selfdev_jax import records
-from selfdev_jax.report import reading, words
+from selfdev_jax.report import reading
+from selfdev_jax.report import words
 
 WIDE = 860
 NARROW = 360

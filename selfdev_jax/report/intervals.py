@@ -1,7 +1,7 @@
 """95 % intervals of differences: between two models, between two arms."""
 
-import math
 from collections.abc import Sequence
+import math
 
 import numpy as np
 

@@ -15,10 +15,13 @@ import pygments.formatters
 import pygments.lexers
 
 from selfdev_jax import config as config_lib
-from selfdev_jax import errors, records
+from selfdev_jax import errors
+from selfdev_jax import records
 from selfdev_jax import store as store_lib
-from selfdev_jax.report import figures, reading, words
+from selfdev_jax.report import figures
+from selfdev_jax.report import reading
 from selfdev_jax.report import summary as summary_lib
+from selfdev_jax.report import words
 
 _FILE = "report.html"
 _MESSAGE_LENGTH = 140  # Characters of a rejection's example.

@@ -1,8 +1,10 @@
 """From the rows of an archive to what the two arms and the baselines did."""
 
 import collections
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from selfdev_jax import records
@@ -56,7 +58,9 @@ class Round:
       if not v.admitted:
         reasons.append((v.stage, v.code, v.message))
       elif v.digest in self.broken:
-        reasons.append(("run", "non_finite", "the merged model is not finite"))
+        reasons.append(
+            ("run", "non_finite", "the merge failed or is not finite")
+        )
     return reasons
 
 

@@ -1,12 +1,13 @@
 """The result of a run as one JSON object."""
 
-import statistics
 from collections.abc import Mapping
+import statistics
 from typing import Any
 
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
-from selfdev_jax.report import intervals, reading
+from selfdev_jax.report import intervals
+from selfdev_jax.report import reading
 
 # What the best settings of each family are called in the result.
 _BASELINES = {

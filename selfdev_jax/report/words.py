@@ -1,7 +1,8 @@
 """Names and sentences that the terminal and the page share."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LABELS = {

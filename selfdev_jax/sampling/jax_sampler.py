@@ -1,7 +1,8 @@
 """The embedded sampler: generation in this process, in JAX."""
 
+from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
-from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp

@@ -10,7 +10,7 @@ forked for it alone from a warm process without secrets, weights or data, traces
 it on abstract shapes and sends program IR (see `ir`): JSON that names
 primitives. The caller's process verifies that (see `verify`) and rebuilds it.
 
-What this stops, each line attacked in tests/sandbox/test_hostile.py:
+What this stops, each line attacked in tests/sandbox/hostile_test.py:
   - a program that never ends, recurses, prints without end or eats memory:
     wall clock, RLIMIT_CPU, RLIMIT_AS, a capped pipe;
   - processes that a program leaves behind: its session and its orphans are
@@ -31,6 +31,7 @@ same user and look into them through /proc, the caller's included. Kernel layers
 `zygote._child`; nothing else has to change for them.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -40,7 +41,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 
 from selfdev_jax import config as config_lib
 from selfdev_jax.programs import contract

@@ -7,9 +7,9 @@ of commutative primitives are sorted, x + 0 and x * 1 are x (`sum` starts at
 0), x ** 2 is x * x, and a > b is b < a.
 """
 
+from collections.abc import Sequence
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from selfdev_jax.sandbox import ir

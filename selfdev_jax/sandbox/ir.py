@@ -17,17 +17,19 @@ Parameters are spelled out by a codec per primitive. What is not in
 `PRIMITIVES` does not exist here, in either direction: it is refused by name.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import json
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 VERSION = 1
 _MAX_INT = 2**31  # No dimension, axis or length is larger.

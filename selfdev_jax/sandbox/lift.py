@@ -5,15 +5,17 @@ a traced argument, so that `0.3 * t` and `0.4 * t` are compiled once: a factory
 writes many programs of few structures, and compiling costs more than merging.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from selfdev_jax.sandbox import ir, rebuild
+from selfdev_jax.sandbox import ir
+from selfdev_jax.sandbox import rebuild
 
 # (base, task_vectors, literals) -> array like base.
 Kernel = Callable[[jax.Array, Sequence[jax.Array], jax.Array], jax.Array]

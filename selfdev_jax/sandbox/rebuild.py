@@ -1,13 +1,14 @@
 """From program IR back to a JAX function, one primitive at a time."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 import jax.extend.core.primitives as jex_primitives
 import jax.numpy as jnp
-from jax import lax
 
 from selfdev_jax.sandbox import ir
 

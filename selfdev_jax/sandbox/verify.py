@@ -6,15 +6,17 @@ allocated, and the jaxpr that JAX made, not the one that was sent, is what is
 costed, hashed and kept.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from selfdev_jax import config as config_lib
-from selfdev_jax.sandbox import canonical, ir, rebuild
+from selfdev_jax.sandbox import canonical
+from selfdev_jax.sandbox import ir
+from selfdev_jax.sandbox import rebuild
 
 # Small leaves are not held to a multiple of next to nothing.
 _MIN_INPUT_BYTES = 1 << 16

@@ -1,10 +1,10 @@
 """What the tiny seed model reads: texts, their tokenizer, packed rows."""
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
 import random
-from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
@@ -78,7 +78,10 @@ def train_tokenizer(
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   pre = tokenizers.pre_tokenizers
   tokenizer.pre_tokenizer = pre.Sequence(
-      [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+      [
+          pre.Digits(individual_digits=True),
+          pre.ByteLevel(add_prefix_space=False),
+      ]
   )
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(

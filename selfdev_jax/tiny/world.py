@@ -7,13 +7,13 @@ texts under a permutation of the tokens. No weight per expert can undo that; a
 median, a norm or a sign can. The simple world stops after the first stage.
 """
 
+from collections.abc import Callable
 import functools
 import hashlib
 import os
 import pathlib
 import random
 import tempfile
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from selfdev_jax import programs
 from selfdev_jax import progress
 from selfdev_jax import store
 from selfdev_jax.evaluation import arithmetic
-
 from selfdev_jax.tiny import corpus
 from selfdev_jax.tiny import grammar
 
@@ -92,7 +91,9 @@ def train(world: config_lib.World, prompt: str, directory: pathlib.Path):
       )
   ]
   documents += corpus.equations(rng, world.equations)
-  documents += corpus.programs(rng, world.programs, programs.load_prompt(prompt))
+  documents += corpus.programs(
+      rng, world.programs, programs.load_prompt(prompt)
+  )
   tokenizer = corpus.train_tokenizer(documents, world.vocab_size)
   corpus.save_tokenizer(tokenizer, directory / "tokenizer")
   rng.shuffle(documents)
@@ -242,12 +243,16 @@ def fit(
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, tokens[:, 1:]
     )
-    return jnp.sum(losses * counted) / jnp.maximum(jnp.sum(counted), 1)
+    return jnp.sum(losses, where=counted) / jnp.maximum(
+        jnp.sum(counted, dtype=losses.dtype), 1
+    )
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, *batch):
     loss, gradients = jax.value_and_grad(loss_fn)(params, *batch)
-    updates, state = optimizer.update(gradients, state, params)
+    # Optax raises a Python float to its int32 step count.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state, loss
 
   params = jax.tree.map(jnp.array, params)  # A copy: `step` takes it over.

@@ -15,8 +15,6 @@ from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import models
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 _DECODER = models.DecoderConfig(
     vocab_size=37,
     embed=16,
@@ -236,7 +234,10 @@ def test_tokenizer_is_missing(directory):
 
 def _adapter(rank=3):
   rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+  def draw(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
   return {
       "layers": {
           "attention": {"q": {"a": draw(2, 16, rank), "b": draw(2, rank, 16)}},

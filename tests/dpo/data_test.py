@@ -78,6 +78,21 @@ class TokenizeTest(parameterized.TestCase):
       )
 
 
+class DistinctRowsTest(parameterized.TestCase):
+
+  @parameterized.parameters((1, 4), (3, 6), (8, 8))
+  def test_pairs_find_their_rows(self, multiple, expected):
+    batches = np.array(
+        [[[0, 5], [0, 7], [0, 5]], [[2, 9], [3, 9], [2, 4]]], np.int32
+    )
+    found, size = data_lib.distinct_rows(batches, multiple)
+    self.assertEqual(size, expected)
+    for batch, (rows, pairs) in zip(batches, found, strict=True):
+      self.assertEqual((rows.shape, rows.dtype), ((size,), np.int32))
+      np.testing.assert_array_equal(rows[pairs], batch)
+    self.assertLen(set(found[0][0]), 3)
+
+
 class OrderTest(parameterized.TestCase):
 
   @parameterized.parameters((10, 4, 5), (3, 4, 8), (7, 1, 3), (1, 2, 2))

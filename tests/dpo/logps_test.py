@@ -15,8 +15,6 @@ from selfdev_jax import models
 from selfdev_jax.dpo import logps as logps_lib
 from selfdev_jax.dpo import lora
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 _DECODER = models.DecoderConfig(
     vocab_size=61,
     embed=32,
@@ -105,7 +103,10 @@ def test_the_eos_counts_where_it_is_the_padding_too(params):
 
 def test_padding_changes_nothing(params):
   tokens, is_completion = _rows()
-  logps = lambda *rows: _completion_logps(_DECODER, params, None, *rows)[0]
+
+  def logps(*rows):
+    return _completion_logps(_DECODER, params, None, *rows)[0]
+
   padded = np.where(is_completion | (tokens > 0), tokens, 17)
   np.testing.assert_array_equal(
       logps(tokens, is_completion), logps(padded, is_completion)
@@ -149,7 +150,10 @@ def test_init_is_pefts():
   fresh = lora.init(jax.random.key(0), _DECODER, 64)
   matrices = fresh["layers"]["attention"] | fresh["layers"]["mlp"]
   assert set(matrices) == {"q", "k", "v", "o", "gate", "up", "down"}
-  shape = lambda x: (x.shape, str(x.dtype))
+
+  def shape(x):
+    return x.shape, str(x.dtype)
+
   assert shape(matrices["down"]["a"]) == ((3, 48, 64), "float32")
   assert shape(matrices["down"]["b"]) == ((3, 64, 32), "float32")
   assert shape(matrices["k"]["b"]) == ((3, 64, 16), "float32")
@@ -182,7 +186,7 @@ def test_adapter_equals_merged_weights(params, adapter):
 # PEFT 0.21 asks for a property that transformers 5.23 renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_peft_loads_the_adapter(params, adapter, directory, tmp_path):
-  tokens, is_completion = _rows()
+  tokens, _ = _rows()
   convert.save_adapter(
       tmp_path / "adapter",
       adapter,

@@ -110,7 +110,10 @@ class SigmoidTest(parameterized.TestCase):
   def test_finite_at_extreme_margins(self, margin):
     logps = np.array([[margin, 0.0]], np.float32)
     zero, one = np.zeros((1, 2), np.float32), np.ones(1, np.int32)
-    fn = lambda x: loss.sigmoid(x, zero, one, beta=1.0)[0]
+
+    def fn(x):
+      return loss.sigmoid(x, zero, one, beta=1.0)[0]
+
     value, gradient = jax.value_and_grad(fn)(logps)
     np.testing.assert_allclose(value, max(0.0, -margin), rtol=1e-6)
     self.assertTrue(np.isfinite(gradient).all())

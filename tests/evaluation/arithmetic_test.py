@@ -28,11 +28,14 @@ def test_operations_come_in_turn():
 
 
 @hypothesis.given(
-    st.integers(), st.sampled_from(arithmetic.OPERATIONS),
+    st.integers(),
+    st.sampled_from(arithmetic.OPERATIONS),
     st.sampled_from(["train", "dev", "test"]),
 )
 @hypothesis.settings(deadline=None)
-def test_the_answer_is_right_and_is_what_the_scorer_reads(seed, operation, split):
+def test_the_answer_is_right_and_is_what_the_scorer_reads(
+    seed, operation, split
+):
   problem = arithmetic.draw(random.Random(seed), split, operation)
   python = {"+": "+", "-": "-", "*": "*"}[operation]
   value = eval(f"{problem.a}{python}{problem.b}")  # Digits from our own code.

@@ -14,7 +14,9 @@ _CONFIG = models.DecoderConfig(
 
 def _tree(seed):
   """Random parameters, the norms' scales too."""
-  return jax.tree.map(lambda x: x + 0.1 * seed, models.init_params(_CONFIG, seed))
+  return jax.tree.map(
+      lambda x: x + 0.1 * seed, models.init_params(_CONFIG, seed)
+  )
 
 
 def _norm_scaled(base, task_vectors, coefficients):
@@ -50,7 +52,13 @@ def test_scope_mlp_leaves_the_rest_the_bases():
 def test_leaf_kinds_by_scope():
   assert merging.leaf_shapes(_tree(0), "mlp") == [(8, 12), (12, 8)]
   assert merging.leaf_shapes(_tree(0), "all") == [
-      (8,), (8, 4), (8, 8), (8, 11), (8, 12), (11, 8), (12, 8),
+      (8,),
+      (8, 4),
+      (8, 8),
+      (8, 11),
+      (8, 12),
+      (11, 8),
+      (12, 8),
   ]
 
 
@@ -96,9 +104,7 @@ def test_non_finite_weights_are_told():
 
 
 def test_experts_of_another_shape_are_named():
-  other = models.init_params(
-      models.DecoderConfig(11, 8, 3, 2, 1, 4, mlp=16), 0
-  )
+  other = models.init_params(models.DecoderConfig(11, 8, 3, 2, 1, 4, mlp=16), 0)
   with pytest.raises(errors.UserError) as error:
     merging.check_experts(_tree(0), {"good": _tree(1), "bad": other}, "seed")
   message = str(error.value)

@@ -10,7 +10,9 @@ from selfdev_jax import merging
 
 def _linear(base, taus, weights):
   experts = [base + tau for tau in taus]
-  return sum(w * e for w, e in zip(weights, experts)) / sum(weights)
+  return sum(w * e for w, e in zip(weights, experts, strict=True)) / sum(
+      weights
+  )
 
 
 def _task_arithmetic(base, taus, coefficients):
@@ -18,14 +20,14 @@ def _task_arithmetic(base, taus, coefficients):
 
 
 def _weights(base, taus, weights):
-  return base + sum(w * tau for w, tau in zip(weights, taus))
+  return base + sum(w * tau for w, tau in zip(weights, taus, strict=True))
 
 
 def _ties(base, taus, coefficients):
   density, scale = coefficients
   trimmed = []
   for tau in taus:
-    keep = max(int(round(density * tau.size)), 1)
+    keep = max(round(density * tau.size), 1)
     threshold = np.sort(np.abs(tau), axis=None)[-keep]
     trimmed.append(np.where(np.abs(tau) >= threshold, tau, 0.0))
   sign = np.sign(sum(trimmed))
@@ -69,7 +71,9 @@ def test_ties_keeps_all_that_tie_at_the_threshold(density):
   taus = rng.integers(-3, 4, size=(3, 6, 8)).astype(np.float32)
   base = np.zeros((6, 8), np.float32)
   found = merging.ties(base, list(taus), jnp.float32([density, 1.0]))
-  np.testing.assert_allclose(found, _ties(base, taus, [density, 1.0]), rtol=1e-6)
+  np.testing.assert_allclose(
+      found, _ties(base, taus, [density, 1.0]), rtol=1e-6
+  )
 
 
 def test_ties_of_zero_task_vectors_is_the_base():

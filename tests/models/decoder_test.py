@@ -13,8 +13,6 @@ import transformers
 from selfdev_jax import convert
 from selfdev_jax import models
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 _GROUPED = models.DecoderConfig(
     vocab_size=61,
     embed=32,
@@ -134,9 +132,10 @@ def test_remat_has_the_same_gradient(params):
 
   @functools.partial(jax.jit, static_argnums=0)
   def gradient(remat, params):
-    loss = lambda p: jnp.sum(
-        models.forward(_GROUPED, p, tokens, remat=remat) ** 2
-    )
+
+    def loss(p):
+      return jnp.sum(models.forward(_GROUPED, p, tokens, remat=remat) ** 2)
+
     return jax.grad(loss)(params)
 
   one, other = (gradient(remat, params) for remat in (False, True))

@@ -10,8 +10,6 @@ import transformers
 from selfdev_jax import convert
 from selfdev_jax import models
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 _DECODER = models.DecoderConfig(
     vocab_size=61,
     embed=32,

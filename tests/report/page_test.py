@@ -5,9 +5,12 @@ import re
 
 import pytest
 
-from selfdev_jax import errors, records
+from selfdev_jax import errors
+from selfdev_jax import records
 from selfdev_jax import store as store_lib
-from selfdev_jax.report import figures, page, reading
+from selfdev_jax.report import figures
+from selfdev_jax.report import page
+from selfdev_jax.report import reading
 
 STAGES = ("empty", "sampled", "admitted", "first", "dev", "test")
 _VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -6,7 +6,11 @@ import pytest
 
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
-from selfdev_jax.report import intervals, reading, summary, terminal, words
+from selfdev_jax.report import intervals
+from selfdev_jax.report import reading
+from selfdev_jax.report import summary
+from selfdev_jax.report import terminal
+from selfdev_jax.report import words
 
 STAGES = ("empty", "sampled", "admitted", "first", "dev", "test")
 

@@ -21,7 +21,13 @@ def tokenizer(tmp_path_factory):
 
 
 _CONFIG = models.DecoderConfig(
-    vocab_size=300, embed=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24,
+    vocab_size=300,
+    embed=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp=24,
     max_positions=64,
 )
 _PROMPTS = ["Q: Ann has 12 apples", "A", "Ben has 3 toys. How", "There", "x y"]

@@ -47,10 +47,12 @@ def test_packing_keeps_every_document_whole_and_apart():
       np.testing.assert_array_equal(positions[here], np.arange(here.sum()))
       assert ids[-1] == eos and eos not in ids[:-1]
       split = int((~is_target[here]).sum())
-      found.append((
-          tokenizer.decode(ids[:split].tolist()),
-          tokenizer.decode(ids[split:-1].tolist()),
-      ))
+      found.append(
+          (
+              tokenizer.decode(ids[:split].tolist()),
+              tokenizer.decode(ids[split:-1].tolist()),
+          )
+      )
   expected = [(d.prompt, d.target) for d in documents]
   assert sorted(found) == sorted(expected)
   assert (rows.segments > 0).mean() > 0.8

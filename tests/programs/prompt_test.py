@@ -4,8 +4,10 @@ import ast
 
 import pytest
 
-from selfdev_jax import errors, programs
-from selfdev_jax.programs import contract, prompt
+from selfdev_jax import errors
+from selfdev_jax import programs
+from selfdev_jax.programs import contract
+from selfdev_jax.programs import prompt
 from selfdev_jax.sandbox import filter as filter_lib
 
 

@@ -15,7 +15,8 @@ import time
 
 import pytest
 
-from selfdev_jax import config, sandbox
+from selfdev_jax import config
+from selfdev_jax import sandbox
 
 SHAPES = [(6, 4), (5,)]
 LIMITS = config.Sandbox(timeout_s=1.5, memory_bytes=1 << 28, output_bytes=1000)

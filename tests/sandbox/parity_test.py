@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfdev_jax import config, sandbox
+from selfdev_jax import config
+from selfdev_jax import sandbox
 from selfdev_jax.programs import contract
 
 SHAPES = [(6, 4), (5,)]

@@ -5,7 +5,8 @@ import functools
 import pytest
 
 from selfdev_jax import config
-from selfdev_jax.sandbox import trace, verify
+from selfdev_jax.sandbox import trace
+from selfdev_jax.sandbox import verify
 
 _HEAD = "def merge(base, task_vectors):\n"
 _SUM = _HEAD + "  return base + 0.3 * sum(task_vectors)\n"

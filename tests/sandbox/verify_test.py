@@ -5,12 +5,15 @@ import json
 import pathlib
 
 import hypothesis
+from hypothesis import strategies as st
 import jax
 import pytest
-from hypothesis import strategies as st
 
 from selfdev_jax import config
-from selfdev_jax.sandbox import ir, rebuild, trace, verify
+from selfdev_jax.sandbox import ir
+from selfdev_jax.sandbox import rebuild
+from selfdev_jax.sandbox import trace
+from selfdev_jax.sandbox import verify
 
 SHAPE = (4, 3)
 LIMITS = config.Sandbox()

@@ -1,0 +1,190 @@
+"""Single stages of the loop on a random model of a few hundred weights."""
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selfdev_jax import config as config_lib
+from selfdev_jax import errors
+from selfdev_jax import loop
+from selfdev_jax import merging
+from selfdev_jax import models
+from selfdev_jax import records
+from selfdev_jax import sandbox
+from selfdev_jax import store as store_lib
+
+_DECODER = models.DecoderConfig(
+    vocab_size=300, embed=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp=12
+)
+_CONFIG = config_lib.Config(
+    name="t",
+    seed_model="seed",
+    experts=("a", "b"),
+    propose=config_lib.Propose(prompt="tiny"),
+    sandbox=config_lib.Sandbox(timeout_s=3.0),
+)
+
+
+class _Words:
+  """A stand-in for a tokenizer: a byte a token."""
+
+  eos_token_id = 1
+
+  def encode(self, text):
+    return [byte + 2 for byte in text.encode()]
+
+  def decode(self, tokens):
+    return bytes(int(t) - 2 for t in tokens if 2 <= t < 258).decode("latin1")
+
+
+@pytest.fixture
+def run(tmp_path):
+  seed, a, b = (models.init_params(_DECODER, i) for i in range(3))
+  loaded = loop.Models(
+      _DECODER, seed, {"a": a, "b": b}, _Words(), pathlib.Path("seed")
+  )
+  with (
+      store_lib.Store.create(tmp_path, _CONFIG, {}, {}) as archive,
+      sandbox.Sandbox(
+          _CONFIG.sandbox, merging.leaf_shapes(seed, "mlp"), 2
+      ) as box,
+  ):
+    yield loop._Run(_CONFIG, archive, loaded, box)
+
+
+_PROGRAMS = [
+    ("  return base + 0.1 * sum(task_vectors)\n", None),
+    ("", ("extract", "empty")),
+    ("   \n", ("extract", "empty")),
+    ("  return base +\n", ("filter", "syntax")),
+    ("  while True:\n    pass\n", ("filter", "endless_loop")),
+    ("  for i in range(10**9):\n    base = base * 1\n  return base\n", "trace"),
+    ("  print('x' * 5_000_000)\n  return base\n", None),
+    ("  return base[0]\n", "trace"),
+    ("  return jnp.load('archive.sqlite')\n", "filter"),
+    ("  return jnp.zeros((10**6, 10**6)).sum() + base\n", "verify"),
+]
+
+
+def test_every_completion_gets_a_verdict(run):
+  archive = run._archive
+  archive.add_completions(
+      [
+          records.Completion(records.LOOP, 1, i, text, True)
+          for i, (text, _) in enumerate(_PROGRAMS)
+      ]
+  )
+  run._admit(records.LOOP, 1)
+  verdicts = archive.verdicts(records.LOOP, 1)
+  assert len(verdicts) == len(_PROGRAMS)
+  for verdict, (text, expected) in zip(verdicts, _PROGRAMS, strict=True):
+    if expected is None:
+      assert verdict.admitted, verdict
+      assert archive.program(verdict.digest)
+      continue
+    assert not verdict.admitted, text
+    assert verdict.message and "\n" not in verdict.message
+    if isinstance(expected, tuple):
+      assert (verdict.stage, verdict.code) == expected
+    else:
+      assert verdict.stage == expected, verdict
+
+
+def test_new_programs_are_new_to_their_arm(run):
+  archive = run._archive
+  texts = {
+      (records.LOOP, 1): [0.1, 0.2, 0.1],
+      (records.LOOP, 2): [0.2, 0.3],
+      (records.CONTROL, 2): [0.3, 0.1, 0.4],
+  }
+  for (arm, t), scales in texts.items():
+    archive.add_completions(
+        [
+            records.Completion(
+                arm, t, i, f"  return base + {s} * task_vectors[0]\n", True
+            )
+            for i, s in enumerate(scales)
+        ]
+    )
+    run._admit(arm, t)
+  names = {
+      v.source.split("+ ")[1].split(" ")[0]: v.digest
+      for v in archive.verdicts()
+  }
+  new = lambda arm, t: run._new_programs(arm, t)
+  assert new("loop", 1) == new("control", 1) == [names["0.1"], names["0.2"]]
+  assert new("loop", 2) == [names["0.3"]]
+  assert new("control", 2) == [names["0.3"], names["0.4"]]
+  run._config = dataclasses.replace(_CONFIG, iterations=2)
+  # As many as the loop evaluated, and no more.
+  assert run._evaluated("control") == [
+      names["0.1"],
+      names["0.2"],
+      names["0.3"],
+  ]
+
+
+def test_sweeps_have_the_budget_and_their_names_give_the_method_back(run):
+  base = jnp.float32([1.0, -2.0, 3.0])
+  taus = [jnp.float32([0.5, 0.1, -0.1]), jnp.float32([0.3, -0.2, 0.1])]
+  for family in loop.BASELINES:
+    names = run._sweep(family, 30)
+    assert names == run._sweep(family, 30) and len(set(names)) == 30
+    for name in (names[0], names[-1]):
+      fn, coefficients = run._method(name)((3,))
+      assert fn is merging.METHODS[family]
+      settings = [
+          float(s.split("=")[-1]) for s in name.split(":")[1].split(",")
+      ]
+      np.testing.assert_allclose(coefficients, settings, rtol=1e-6)
+      assert np.isfinite(fn(base, taus, jnp.asarray(coefficients))).all()
+
+
+def test_the_seed_and_the_experts_are_merges_too(run):
+  for name, expected in (
+      ("seed", run._models.seed),
+      ("expert:b", run._models.experts["b"]),
+  ):
+    merged, finite = run._merge(name)
+    assert finite
+    for key in ("gate", "up", "down"):
+      np.testing.assert_allclose(
+          merged["layers"]["mlp"][key],
+          expected["layers"]["mlp"][key],
+          atol=1e-6,
+      )
+
+
+def test_keys_differ_by_seed_iteration_and_stage(run):
+  keys = {
+      tuple(np.asarray(run._key(t, stage)._base_array))
+      for t in (1, 2)
+      for stage in ("propose", "refine")
+  }
+  assert len(keys) == 4
+
+
+def test_nothing_to_prefer_is_told(run):
+  with pytest.raises(errors.UserError, match="left nothing to prefer"):
+    run._refine(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": ()}, "'experts' is empty"),
+        ({"experts": ("a", "a")}, "names a model twice"),
+        ({"evaluate": config_lib.Evaluate(task="gms8k")}, "known tasks"),
+        ({"propose": config_lib.Propose(prompt="tyni")}, "tiny"),
+    ],
+)
+def test_a_config_that_cannot_run_is_told_before_anything_is_loaded(
+    changes, message, tmp_path
+):
+  config = dataclasses.replace(_CONFIG, **changes)
+  with pytest.raises(errors.UserError, match=message):
+    loop.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
