@@ -26,7 +26,6 @@ $(VENV)/dev.stamp: $(VENV)/core.stamp
 
 demo: env  ## The whole loop on the toy world: at most 15 minutes on two cores.
 	@$(BIN)/python -m launch.self_develop --config=configs/tiny.py --workdir=$(WORKDIR)
-	@$(BIN)/python -m launch.report --workdir=$(WORKDIR)
 
 test: test-fast test-slow  ## All tests, the fast ones first.
 

@@ -14,7 +14,9 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from typing import Any
 import zlib
@@ -133,22 +135,30 @@ def _sandbox(config, loaded) -> sandbox.Sandbox:
   return sandbox.Sandbox(config.sandbox, shapes, len(loaded.experts))
 
 
+def _git_revision() -> str:
+  """Of this checkout; empty where there is none, or no git."""
+  try:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+  except OSError:
+    return ""
+  return described.stdout.strip()
+
+
 def _provenance() -> dict[str, Any]:
   """Versions and hardware of this session."""
-  root = pathlib.Path(__file__).parent
-  git = subprocess.run(
-      ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-      cwd=root,
-      capture_output=True,
-      text=True,
-      check=False,
-  )
   packages = ("selfdev-jax", "jax", "flax", "optax", "transformers")
   return {
       "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
       "python": platform.python_version(),
       **{name: importlib.metadata.version(name) for name in packages},
-      "git": git.stdout.strip(),
+      "git": _git_revision(),
+      "command": shlex.join([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]]),
       "device": jax.devices()[0].device_kind,
       "devices": jax.device_count(),
       "cpus": os.cpu_count(),

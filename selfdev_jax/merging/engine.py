@@ -115,7 +115,8 @@ def merge(
   return jax.tree.unflatten(structure, merged), all(map(bool, finite))
 
 
-@functools.lru_cache(maxsize=4096)
+# A compiled kernel takes 1 to 2 MB, and a run meets thousands.
+@functools.lru_cache(maxsize=128)
 def _kernel(fn: TensorMerge, stacked: bool):
   """`fn` jitted, over layers where there are some; compiled once a shape."""
 

@@ -91,13 +91,20 @@ def generate(
     cache = tuple(repeat(x, 1) for x in cache)
     logits, position, real = (repeat(x, 0) for x in (logits, position, real))
 
-  def choose(step, logits):
+  def draw(step, logits):
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    logits = logits.astype(jnp.float32)
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    drawn = jax.vmap(jax.random.categorical)(step_keys, scaled)
-    greedy = jnp.argmax(logits, axis=-1)
-    return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(step_keys, logits / temperature)
+
+  def choose(step, logits):
+    # A branch, not a select: random bits for a whole vocabulary cost as much
+    # as a layer of a small model.
+    return jax.lax.cond(
+        temperature > 0,
+        draw,
+        lambda _, logits: jnp.argmax(logits, axis=-1),
+        step,
+        logits.astype(jnp.float32),
+    ).astype(jnp.int32)
 
   def unfinished(state):
     step, _, done, *_ = state

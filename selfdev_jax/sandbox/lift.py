@@ -71,7 +71,7 @@ def _lift(block: ir.Block) -> tuple[str, list[np.float32]]:
   return json.dumps(ir.encode_block(skeleton)), literals
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _kernel(skeleton: str) -> Kernel:
   block = ir.decode_block(json.loads(skeleton))
 
