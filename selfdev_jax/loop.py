@@ -171,6 +171,11 @@ def _program(digest: str) -> str:
   return _PROGRAM + digest
 
 
+def _where(arm: str, t: int) -> str:
+  """How a progress bar begins; empty outside of the iterations."""
+  return f"Iteration {t}, {arm}: " if t else ""
+
+
 class _Run:
   """The stages over one archive; each method is safe to call again."""
 
@@ -252,7 +257,9 @@ class _Run:
     self._factory.swap_weights(self._models.seed, self._adapter(arm, t))
     with (
         self._archive.timed(arm, t, "propose"),
-        progress.bar(f"{t} {arm}: sampling", samples - have, "program") as bar,
+        progress.bar(
+            f"{_where(arm, t)}sampling", samples - have, "program"
+        ) as bar,
     ):
       for batch in self._factory.generate(
           [self._prompt] * (samples - have),
@@ -279,7 +286,9 @@ class _Run:
       return
     with (
         self._archive.timed(arm, t, "admit"),
-        progress.bar(f"{t} {arm}: admitting", len(waiting), "program") as bar,
+        progress.bar(
+            f"{_where(arm, t)}admitting", len(waiting), "program"
+        ) as bar,
     ):
       for completion in waiting:
         self._archive.add_verdict(*self._verdict(completion))
@@ -340,10 +349,10 @@ class _Run:
     missing = [name for name in names if name not in known]
     if not missing:
       return
-    label = f"{t} {arm}: {stage}" if t else f"{stage} on {split}"
+    what = f"{_where(arm, t)}scoring" if t else f"Scoring {stage}"
     with (
         self._archive.timed(arm, t, stage),
-        progress.bar(label, len(missing), "model") as bar,
+        progress.bar(f"{what} on {split}", len(missing), "model") as bar,
     ):
       for name in missing:
         self._score(name, split)
@@ -476,7 +485,7 @@ class _Run:
           loaded.tokenizer.encode,
           loaded.tokenizer.eos_token_id,
           self._key(t, "dpo"),
-          label=f"{t} {records.LOOP}: DPO",
+          label=f"{_where(records.LOOP, t)}DPO",
       )
       convert.save_adapter(
           self._factory_path(t + 1),
@@ -527,7 +536,7 @@ class _Run:
     for arm, n in ((records.LOOP, self._config.top_k), (records.CONTROL, 1)):
       chosen += _best(dev, map(_program, self._evaluated(arm)), n)
     distinct = list(dict.fromkeys(chosen))
-    self._score_all(records.LOOP, 0, "test", records.TEST, distinct)
+    self._score_all(records.LOOP, 0, "best", records.TEST, distinct)
 
   def _evaluated(self, arm: str) -> list[str]:
     """Digests that an arm paid for, in order."""

@@ -34,6 +34,15 @@ class StoreError(errors.UserError):
   """A workdir that cannot be used as asked."""
 
 
+def _open_lock(workdir):
+  path = pathlib.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    return open(path / _LOCK, "a+", encoding="utf-8")
+  except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    raise StoreError(f"workdir {workdir} cannot be used: {error}") from None
+
+
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike) -> Iterator[None]:
   """Holds the workdir for one run.
@@ -43,9 +52,7 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
   Raises:
     StoreError: naming the pid that holds it.
   """
-  path = pathlib.Path(workdir)
-  path.mkdir(parents=True, exist_ok=True)
-  with open(path / _LOCK, "a+", encoding="utf-8") as file:
+  with _open_lock(workdir) as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

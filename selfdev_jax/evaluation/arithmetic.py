@@ -6,12 +6,16 @@ one.
 """
 
 import dataclasses
+import functools
 import hashlib
 import random
+
+from selfdev_jax import errors
 
 ADD, SUBTRACT, MULTIPLY = "+", "-", "*"
 OPERATIONS = (ADD, SUBTRACT, MULTIPLY)
 TRAIN, DEV, TEST = "train", "dev", "test"
+MAX_PROBLEMS = 9000
 
 _TEMPLATES = {
     ADD: (
@@ -98,21 +102,30 @@ def draw(rng: random.Random, split: str, operation: str) -> Problem:
       return Problem(question, operation, a, b)
 
 
-def problems(split: str, n: int) -> list[Problem]:
+@functools.cache
+def problems(split: str, n: int) -> tuple[Problem, ...]:
   """The first `n` problems of a split: distinct, the operations in turn.
 
   A smaller `n` is a prefix of a larger one.
 
   Args:
     split: `train`, `dev` or `test`.
-    n: how many; at most 9,000.
+    n: how many; at most `MAX_PROBLEMS`.
 
   Returns:
     `n` problems, the same ones in every process.
+
+  Raises:
+    UserError: if `n` is more than there are to draw.
   """
+  if n > MAX_PROBLEMS:
+    raise errors.UserError(
+        f"the arithmetic task has {MAX_PROBLEMS} problems a split, not {n};"
+        " lower evaluate.dev_size or evaluate.test_size"
+    )
   rng = random.Random(f"arithmetic {split}")
   found: dict[str, Problem] = {}
   while len(found) < n:
     problem = draw(rng, split, OPERATIONS[len(found) % len(OPERATIONS)])
     found.setdefault(problem.question, problem)
-  return list(found.values())
+  return tuple(found.values())
