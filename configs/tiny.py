@@ -1,7 +1,7 @@
 """The demo: Self-Developing on a toy world, for real, on two CPU cores.
 
 Trains a 785k-parameter seed model and three experts (once, cached), then runs
-three iterations of 80 programs, the loop without DPO beside it, and three
+three iterations of 64 programs, the loop without DPO beside it, and three
 sweeps with as many evaluations as the loop had.
 
   make demo
@@ -21,18 +21,18 @@ def get_config():
           top_k=15,
           propose=config_lib.Propose(
               prompt="tiny",
-              samples=80,
+              samples=64,
               temperature=1.0,  # At 1.2 a third of the tiny programs break.
               temperature_decay=0.2,
               max_new_tokens=224,
-              batch_size=80,
+              batch_size=64,
           ),
           merge=config_lib.Merge(scope="all"),
           evaluate=config_lib.Evaluate(
               task="arithmetic",
               dev_size=300,
               test_size=1200,
-              batch_size=150,
+              batch_size=100,
               max_new_tokens=16,
           ),
           preferences=config_lib.Preferences(
@@ -48,7 +48,7 @@ def get_config():
               sft_weight=0.2,
               learning_rate=3e-4,
               steps=50,
-              batch_size=8,
+              batch_size=16,
               lora_rank=32,
               lora_alpha=32.0,
           ),
