@@ -381,9 +381,9 @@ class _Run:
           list(self._models.experts.values()),
           self._config.merge.scope,
       )
-    except jax.errors.JaxRuntimeError:
-      # What passed the verifier can still be too much for this device, and
-      # would be again on every resume: a verdict on the program, no crash.
+    except Exception:
+      # What passed the verifier can still be more than XLA compiles or this
+      # device holds, and would be again on every resume: a verdict, no crash.
       if not name.startswith(_PROGRAM):
         raise
       return {}, False

@@ -722,6 +722,13 @@ def _decode_params(name, node, depth):
       params[key] = tuple(decode_block(b, depth + 1) for b in value)
     else:
       params[key] = codecs[key].decode(value)
+  # JAX fills this in itself, and cannot lower a gather without it.
+  if (
+      name == "gather"
+      and params["mode"] is lax.GatherScatterMode.FILL_OR_DROP
+      and params["fill_value"] is None
+  ):
+    raise _malformed("a gather that fills without a fill_value")
   return params
 
 

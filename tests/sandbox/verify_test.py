@@ -306,3 +306,21 @@ def test_round_trip(expression):
   assert ir.dumps(ir.loads(text)) == text
   first = _verify(text)
   assert _verify(first.program).digest == first.digest
+
+
+def test_a_gather_that_jax_cannot_lower_is_refused():
+  source = (
+      "def merge(base, task_vectors):\n"
+      "  winner = jnp.argmax(jnp.abs(jnp.stack(task_vectors)), axis=0)\n"
+      "  picked = jnp.take_along_axis(\n"
+      "      jnp.stack(task_vectors), winner[None], axis=0)\n"
+      "  return base + picked[0]\n"
+  )
+  tree = json.loads(_traced(source))
+  (gather,) = (
+      equation
+      for equation in tree["leaves"][0]["block"]["equations"]
+      if equation[0] == "gather"
+  )
+  gather[2] |= {"mode": "FILL_OR_DROP", "fill_value": None}
+  assert _code(json.dumps(tree)) == "malformed"
