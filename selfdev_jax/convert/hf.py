@@ -45,6 +45,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
 )
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ADAPTER = "adapter_model.safetensors"
 
 
@@ -259,10 +260,27 @@ def save(
     safetensors.numpy.save_file(
         tensors, new / _WEIGHTS, metadata={"format": "pt"}
     )
-    _write_json(new / "config.json", _hf_config(config, dtype))
-    for name in _TOKENIZER_FILES if tokenizer is not None else ():
-      if (pathlib.Path(tokenizer) / name).is_file():
-        shutil.copy(pathlib.Path(tokenizer) / name, new / name)
+    settings = _hf_config(config, dtype)
+    if tokenizer is not None:
+      settings |= _special_tokens(pathlib.Path(tokenizer))
+      for name in _TOKENIZER_FILES:
+        if (pathlib.Path(tokenizer) / name).is_file():
+          shutil.copy(pathlib.Path(tokenizer) / name, new / name)
+    _write_json(new / "config.json", settings)
+
+
+def _special_tokens(directory: pathlib.Path) -> dict[str, Any]:
+  """The ids that end, begin and fill a text, as a model directory has them.
+
+  Without them `generate` in transformers takes the family's: Mistral's EOS is
+  2, whatever the tokenizer says, and a text would run on.
+  """
+  found = {}
+  for name in ("config.json", "generation_config.json"):
+    if (directory / name).is_file():
+      settings = _read_json(directory / name)
+      found |= {k: settings[k] for k in _SPECIAL_TOKENS if k in settings}
+  return found
 
 
 @contextlib.contextmanager

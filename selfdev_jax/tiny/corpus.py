@@ -107,6 +107,12 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path):
       "model_max_length": 1024,
   }
   (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+  special = {
+      "bos_token_id": None,
+      "eos_token_id": tokenizer.token_to_id(EOS),
+      "pad_token_id": tokenizer.token_to_id(PAD),
+  }
+  (directory / "generation_config.json").write_text(json.dumps(special))
 
 
 def pack(

@@ -281,3 +281,17 @@ def test_damaged_adapter(adapter_directory, change):
   with pytest.raises(convert.ConvertError, match=expected) as caught:
     convert.load_adapter(adapter_directory, _DECODER)
   assert "\n" not in str(caught.value)
+
+
+def test_transformers_stops_where_the_tokenizer_ends_a_text(tmp_path):
+  source = tmp_path / "source"
+  source.mkdir()
+  (source / "config.json").write_text('{"bos_token_id": 7, "eos_token_id": 9}')
+  (source / "generation_config.json").write_text('{"eos_token_id": 5}')
+  config = models.DecoderConfig(16, 8, 1, 2, 1, 4, 12)
+  params = models.init_params(config, 0)
+  convert.save(tmp_path / "out", config, params, tokenizer=source)
+  loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+  # As in the source: generation_config.json decides over config.json.
+  assert loaded.generation_config.eos_token_id == 5
+  assert loaded.config.bos_token_id == 7

@@ -184,7 +184,6 @@ def test_adapter_equals_merged_weights(params, adapter):
 
 
 # PEFT 0.21 asks for a property that transformers 5.23 renamed.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_peft_loads_the_adapter(params, adapter, directory, tmp_path):
   tokens, _ = _rows()
   convert.save_adapter(
