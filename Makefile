@@ -14,8 +14,9 @@ env: $(VENV)/core.stamp  ## Creates .venv with what a CPU run needs.
 
 $(VENV)/core.stamp: pyproject.toml
 	@echo "Setting up $(VENV) (a few minutes the first time)"
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2]) if sys.version_info < (3, 11) else None'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2]) if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "python -m venv failed; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(PIP_INSTALL) -e .
 	@touch $@
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import difflib
 import errno
 import os
+import re
 import runpy
 import sqlite3
 import sys
@@ -76,7 +77,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return absl_app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError):
-    given = [a.lstrip("-").partition("=")[::2] for a in argv[1:]]
+    # `--config FILE` as well as `--config=FILE`.
+    spelled = re.sub(r"(--?\w+) (?!-)", r"\1=", " ".join(argv[1:])).split(" ")
+    given = [a.lstrip("-").partition("=")[::2] for a in spelled]
     files = {name: value for name, value in given if name in flags.FLAGS}
     for flag, _ in given:
       name, _, key = flag.partition(".")

@@ -28,6 +28,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_):
   config = app.load_config(_CONFIG)
+  loop.check(config)
   loop.run(config, _WORKDIR.value, world.prepare(config))
   with store.Store.read(_WORKDIR.value) as archive:
     summary = report.summarize(archive)

@@ -138,6 +138,18 @@ class World:
   replay: float = _between(2 / 7, 0.0, 1.0)  # Share of other operations.
   house: Training = Training(steps=50, learning_rate=8e-3)
 
+  def __post_init__(self):
+    for name in ("skill_steps", "skill_learning_rates"):
+      if len(getattr(self, name)) != 3:
+        raise ConfigError(
+            f"config key 'tiny.{name}' takes three values, one an operation"
+        )
+    if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+      raise ConfigError(
+          "config keys 'tiny.width', 'tiny.heads' and 'tiny.kv_heads': twice"
+          " the heads have to divide the width, the KV heads the heads"
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

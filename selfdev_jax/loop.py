@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import hashlib
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -46,9 +48,9 @@ _PROGRAM = "program:"
 BASELINES = ("task_arithmetic", "ties", "weights")
 
 # What the sweeps search: factors of a task vector, evenly on a log scale (the
-# best ones differ by an order of magnitude between worlds), and densities.
+# best ones differ by an order of magnitude between worlds), densities of TIES.
 _SCALES = (0.02, 2.0)
-_DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
+_DENSITIES = (0.05, 1.0)
 
 # The control draws at most this many times the loop's samples to evaluate as
 # many new programs as the loop did.
@@ -87,13 +89,15 @@ def run(
       name: pathlib.Path((directories or {}).get(name, name))
       for name in (config.seed_model, *config.experts)
   }
-  _check(config)
+  check(config)
   with store_lib.lock(workdir):
     loaded = _load(config, paths)
+    _check_lengths(config, loaded)
     identity = {
-        f"weights of {name}": convert.weights_digest(path)
-        for name, path in paths.items()
+        f"model {name}": convert.digest(path) for name, path in paths.items()
     }
+    prompt = programs.load_prompt(config.propose.prompt)
+    identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
     with (
         store_lib.Store.create(
             workdir, config, identity, _provenance()
@@ -103,14 +107,44 @@ def run(
       _Run(config, archive, loaded, box).run()
 
 
-def _check(config: config_lib.Config):
-  """What can be known to be wrong before anything is loaded."""
-  evaluation.get(config.evaluate.task)
+def check(config: config_lib.Config):
+  """Finds what can be known to be wrong before anything is loaded.
+
+  Raises:
+    UserError: naming the key.
+  """
+  task = evaluation.get(config.evaluate.task)
+  task.items(records.DEV, config.evaluate.dev_size)
+  task.items(records.TEST, config.evaluate.test_size)
   programs.load_prompt(config.propose.prompt)
   if not config.experts:
     raise errors.UserError("config key 'experts' is empty; name at least one")
   if len(set(config.experts)) < len(config.experts):
     raise errors.UserError("config key 'experts' names a model twice")
+
+
+def _check_lengths(config: config_lib.Config, loaded: Models):
+  """Asserts that every prompt, what follows it and EOS fit the model."""
+  task, sizes = evaluation.get(config.evaluate.task), config.evaluate
+  items = [
+      *task.items(records.DEV, sizes.dev_size),
+      *task.items(records.TEST, sizes.test_size),
+  ]
+  for key, prompts, new in (
+      (
+          "propose",
+          [programs.load_prompt(config.propose.prompt)],
+          config.propose.max_new_tokens,
+      ),
+      ("evaluate", [item.prompt for item in items], sizes.max_new_tokens),
+  ):
+    longest = max(len(loaded.tokenizer.encode(text)) for text in prompts)
+    if sampling.slots(longest) + new + 1 > loaded.decoder.max_positions:
+      raise errors.UserError(
+          f"a prompt of {longest} tokens and {new} new ones exceed the model's"
+          f" {loaded.decoder.max_positions} positions; lower"
+          f" {key}.max_new_tokens"
+      )
 
 
 def _load(config, paths) -> Models:
@@ -242,7 +276,8 @@ class _Run:
       new = self._new_programs(arm, t)
       if len(new) >= budget or drawn >= _CONTROL_OVERSAMPLING * asked:
         break
-      drawn += self._config.propose.batch_size
+      more = self._config.propose.batch_size
+      drawn = min(drawn + more, _CONTROL_OVERSAMPLING * asked)
     self._evaluate(arm, t, new[:budget])
 
   def _propose(self, arm: str, t: int, samples: int):
@@ -361,19 +396,18 @@ class _Run:
   def _method(self, name: str) -> merging.Method:
     """The merge behind the name of a score."""
     family, _, settings = name.partition(":")
-    experts = list(self._models.experts)
     if family == "program":
       return sandbox.kernels(self._archive.program(settings))
-    if family == "seed":
-      return merging.constant(merging.weighted, [0.0] * len(experts))
-    if family == "expert":
-      weights = [float(expert == settings) for expert in experts]
-      return merging.constant(merging.weighted, weights)
     values = [float(part.split("=")[-1]) for part in settings.split(",")]
     return merging.constant(merging.METHODS[family], values)
 
   def _merge(self, name: str) -> tuple[models.Params, bool]:
     """(merged parameters, whether there are any and all are finite)."""
+    family, _, settings = name.partition(":")
+    if family == "seed":
+      return self._models.seed, True
+    if family == "expert":
+      return self._models.experts[settings], True
     try:
       return merging.merge(
           self._method(name),
@@ -431,25 +465,35 @@ class _Run:
     return self._archive.workdir / "factories" / f"iteration_{t}"
 
   def _candidates(self, t: int) -> list[preferences.Candidate]:
-    """The loop's scored programs of one iteration."""
+    """The loop's scored programs of one iteration, as they were written."""
     scores = self._archive.scores(records.DEV)
-    texts = {c.item: c.text for c in self._archive.completions(records.LOOP, t)}
-    items = {}
+    texts, written = self._finished(t), {}
     for verdict in self._archive.verdicts(records.LOOP, t):
-      items.setdefault(verdict.digest, verdict.item)
+      if verdict.item in texts:
+        written.setdefault(verdict.digest, texts[verdict.item])
     return [
-        preferences.Candidate(texts[items[d]], d, scores[_program(d)])
+        preferences.Candidate(written[d], d, scores[_program(d)])
         for d in self._new_programs(records.LOOP, t)
+        if d in written
     ]
+
+  def _finished(self, t: int) -> dict[int, str]:
+    """The loop's completions by item, without those cut at the limit.
+
+    DPO ends every text in EOS, which a cut one never had.
+    """
+    return {
+        c.item: c.text
+        for c in self._archive.completions(records.LOOP, t)
+        if c.finished
+    }
 
   def _refine(self, t: int):
     """Preferences of iteration `t` and the factory of the next."""
     with self._archive.stage(records.LOOP, t, "refine") as needed:
       if not needed:
         return
-      texts = {
-          c.item: c.text for c in self._archive.completions(records.LOOP, t)
-      }
+      texts = self._finished(t)
       pairs = preferences.build(
           self._config.preferences,
           t,
@@ -458,7 +502,7 @@ class _Run:
           [
               texts[v.item]
               for v in self._archive.verdicts(records.LOOP, t)
-              if not v.admitted
+              if not v.admitted and v.item in texts
           ],
           self._prompt,
           self._config.seed,
@@ -467,7 +511,7 @@ class _Run:
         raise errors.UserError(
             f"iteration {t} left nothing to prefer: {len(self._candidates(t))}"
             " programs were scored, none better than another; raise"
-            " propose.samples or evaluate.dev_size"
+            " propose.samples or evaluate.dev_size, in another --workdir"
         )
       self._archive.replace_pairs(t, pairs)
       config, loaded = self._config.dpo, self._models
@@ -519,10 +563,12 @@ class _Run:
       return [f"task_arithmetic:scale={s}" for s in scales]
     if family == "ties":
       # TIES averages where task arithmetic sums: the same range a sum over.
-      scales = np.geomspace(*_SCALES, -(-budget // len(_DENSITIES)))
-      scales = (scales * experts).round(5)
-      grid = [f"ties:density={d},scale={s}" for s in scales for d in _DENSITIES]
-      return grid[:budget]
+      side = math.isqrt(max(budget - 1, 0)) + 1
+      scales = (np.geomspace(*_SCALES, side) * experts).round(5)
+      densities = np.geomspace(*_DENSITIES, side).round(5)
+      grid = [f"ties:density={d},scale={s}" for s in scales for d in densities]
+      kept = np.linspace(0, len(grid) - 1, budget).round().astype(int)
+      return [grid[i] for i in kept]
     rng = np.random.default_rng([self._config.seed, zlib.crc32(b"weights")])
     drawn = np.exp(rng.uniform(*np.log(_SCALES), (budget, experts))).round(5)
     return ["weights:" + ",".join(map(str, row)) for row in drawn]

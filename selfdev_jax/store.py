@@ -106,6 +106,8 @@ class Store:
       db.execute("PRAGMA journal_mode=WAL")
       db.execute("PRAGMA foreign_keys=ON")
       has_tables = db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+    except sqlite3.OperationalError:
+      raise  # A full or a read-only disk.
     except sqlite3.DatabaseError as error:
       raise StoreError(f"{path / _ARCHIVE} is no archive: {error}") from None
     if not has_tables:

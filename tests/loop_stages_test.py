@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -151,20 +152,52 @@ def test_the_seed_and_the_experts_are_merges_too(run):
     merged, finite = run._merge(name)
     assert finite
     for key in ("gate", "up", "down"):
-      np.testing.assert_allclose(
-          merged["layers"]["mlp"][key],
-          expected["layers"]["mlp"][key],
-          atol=1e-6,
+      np.testing.assert_array_equal(
+          merged["layers"]["mlp"][key], expected["layers"]["mlp"][key]
       )
+    # Whatever the scope is: an expert is the whole expert.
+    np.testing.assert_array_equal(merged["embed"], expected["embed"])
 
 
 def test_keys_differ_by_seed_iteration_and_stage(run):
-  keys = {
-      tuple(np.asarray(run._key(t, stage)._base_array))
-      for t in (1, 2)
-      for stage in ("propose", "refine")
-  }
-  assert len(keys) == 4
+  keys = set()
+  for seed in (0, 1):
+    run._config = dataclasses.replace(_CONFIG, seed=seed)
+    for t in (1, 2):
+      for stage in ("propose", "dpo"):
+        keys.add(tuple(jax.random.key_data(run._key(t, stage)).tolist()))
+  assert len(keys) == 8
+
+
+def test_a_cut_completion_teaches_nothing(run):
+  archive = run._archive
+  texts = [f"  return base + {s} * task_vectors[0]\n" for s in (0.1, 0.2, 0.1)]
+  archive.add_completions(
+      [
+          records.Completion(records.LOOP, 1, i, text, finished)
+          for i, (text, finished) in enumerate(
+              zip(texts, (False, False, True), strict=True)
+          )
+      ]
+  )
+  run._admit(records.LOOP, 1)
+  for digest in run._new_programs(records.LOOP, 1):
+    archive.add_score(records.Score(f"program:{digest}", records.DEV, 300, 9))
+  # The first text was cut; the same program was written whole later on.
+  (candidate,) = run._candidates(1)
+  assert candidate.text == texts[2]
+
+
+def test_a_program_whose_merge_fails_is_no_crash(run, monkeypatch):
+  def fail(*_):
+    raise NotImplementedError("Unsupported dtype float16")
+
+  monkeypatch.setattr(sandbox, "kernels", lambda program: fail)
+  monkeypatch.setattr(type(run._archive), "program", lambda *_: "")
+  assert run._merge("program:x") == ({}, False)
+  monkeypatch.setattr(merging, "merge", fail)
+  with pytest.raises(NotImplementedError):
+    run._merge("ties:density=0.5,scale=1.0")
 
 
 def test_nothing_to_prefer_is_told(run):
@@ -179,6 +212,7 @@ def test_nothing_to_prefer_is_told(run):
         ({"experts": ("a", "a")}, "names a model twice"),
         ({"evaluate": config_lib.Evaluate(task="gms8k")}, "known tasks"),
         ({"propose": config_lib.Propose(prompt="tyni")}, "tiny"),
+        ({"evaluate": config_lib.Evaluate(test_size=9001)}, "9000 problems"),
     ],
 )
 def test_a_config_that_cannot_run_is_told_before_anything_is_loaded(

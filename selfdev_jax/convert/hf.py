@@ -136,6 +136,8 @@ def read_config(directory: str | os.PathLike) -> models.DecoderConfig:
     )
   except KeyError as error:
     raise ConvertError(f"{path / 'config.json'} lacks {error}") from None
+  except (TypeError, ValueError) as error:
+    raise ConvertError(f"{path / 'config.json'} is wrong: {error}") from None
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]):
@@ -227,11 +229,21 @@ def load(
         set_path(
             params, target, np.stack(parts) if stacked else parts[0].copy()
         )
-  except safetensors.SafetensorError as error:
+  except (safetensors.SafetensorError, OSError) as error:
     raise ConvertError(f"{path} cannot be read: {error}") from None
   if unknown:
     raise ConvertError(f"{path} holds unknown tensor {min(unknown)}")
   return config, params
+
+
+def _save_file(tensors: dict[str, np.ndarray], path: pathlib.Path):
+  try:
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+  except safetensors.SafetensorError as error:
+    raise ConvertError(
+        f"{path} cannot be written ({error}); make room, the same command"
+        " resumes"
+    ) from None
 
 
 def save(
@@ -257,9 +269,7 @@ def save(
       tensors[name] = np.ascontiguousarray(part)
   dtype = str(np.asarray(params["embed"]).dtype)
   with _new_directory(directory) as new:
-    safetensors.numpy.save_file(
-        tensors, new / _WEIGHTS, metadata={"format": "pt"}
-    )
+    _save_file(tensors, new / _WEIGHTS)
     settings = _hf_config(config, dtype)
     if tokenizer is not None:
       settings |= _special_tokens(pathlib.Path(tokenizer))
@@ -307,21 +317,26 @@ def load_tokenizer(
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(directory), local_files_only=True
     )
-  except (OSError, ValueError) as error:
-    reason = str(error).splitlines()[0]
+  except Exception as error:  # tokenizers raises bare ones.
+    reason = (str(error) or repr(error)).splitlines()[0]
     raise ConvertError(f"no tokenizer in {directory}: {reason}") from None
   if tokenizer.eos_token_id is None:
     raise ConvertError(f"the tokenizer in {directory} has no EOS token")
   return tokenizer
 
 
-def weights_digest(directory: str | os.PathLike) -> str:
-  """SHA-256 of the weights file, in hex."""
-  try:
-    with open(pathlib.Path(directory) / _WEIGHTS, "rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
-  except OSError as error:
-    raise ConvertError(f"{directory}: {error}") from None
+def digest(directory: str | os.PathLike) -> str:
+  """SHA-256 over the weights, the config and the tokenizer, in hex."""
+  whole = hashlib.sha256()
+  for name in (_WEIGHTS, "config.json", "tokenizer.json"):
+    try:
+      with open(pathlib.Path(directory) / name, "rb") as file:
+        whole.update(hashlib.file_digest(file, "sha256").digest())
+    except FileNotFoundError:
+      whole.update(b"absent")  # Not every tokenizer has a tokenizer.json.
+    except OSError as error:
+      raise ConvertError(f"{directory}: {error}") from None
+  return whole.hexdigest()
 
 
 # LoRA adapters under PEFT's names.
@@ -371,9 +386,7 @@ def save_adapter(
       "inference_mode": True,
   }
   with _new_directory(directory) as new:
-    safetensors.numpy.save_file(
-        tensors, new / _ADAPTER, metadata={"format": "pt"}
-    )
+    _save_file(tensors, new / _ADAPTER)
     _write_json(new / "adapter_config.json", settings)
 
 

@@ -97,12 +97,17 @@ def merge(
     if _in_scope(path, scope):
       kinds[_is_stacked(path), _layer_shape(path, leaf)].append(i)
 
-  def merge_kind(kind):
-    is_stacked, shape = kind
+  # Looked up here: the cache of kernels does not lock, and threads would make
+  # one twice.
+  tasks = []
+  for (is_stacked, shape), indices in kinds.items():
     fn, coefficients = method(shape)
-    kernel = _kernel(fn, is_stacked)
+    tasks.append((_kernel(fn, is_stacked), coefficients, indices))
+
+  def merge_kind(task):
+    kernel, coefficients, indices = task
     finite = []
-    for i in kinds[kind]:
+    for i in indices:
       of_experts = [tree[i] for tree in expert_leaves]
       merged[i], is_finite = kernel(merged[i], of_experts, coefficients)
       finite.append(is_finite)
@@ -111,7 +116,7 @@ def merge(
   # A new program costs more to compile than to apply, and XLA compiles outside
   # of Python's lock: the kinds are compiled side by side.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    finite = [flag for flags in pool.map(merge_kind, kinds) for flag in flags]
+    finite = [flag for flags in pool.map(merge_kind, tasks) for flag in flags]
   return jax.tree.unflatten(structure, merged), all(map(bool, finite))
 
 
@@ -123,8 +128,8 @@ def _kernel(fn: TensorMerge, stacked: bool):
   def one(base, experts, coefficients):
     wide = base.astype(jnp.float32)
     deltas = [expert.astype(jnp.float32) - wide for expert in experts]
-    merged = fn(wide, deltas, coefficients)
-    return merged.astype(base.dtype), jnp.all(jnp.isfinite(merged))
+    merged = fn(wide, deltas, coefficients).astype(base.dtype)
+    return merged, jnp.all(jnp.isfinite(merged))
 
   def kernel(base, experts, coefficients):
     over = jax.vmap(one, (0, 0, None)) if stacked else one

@@ -95,7 +95,7 @@ def render(store: store_lib.Store) -> str:
       rejections=_rejections(run),
       dpo_rounds=len({s.iteration for s in steps}),
       seconds=_seconds(store),
-      world=run.config.get("tiny.kind"),
+      world=_world(run.config),
       config=sorted(run.config.items()),
       sessions=[
           sorted(config_lib.flatten(dict(session)).items())
@@ -264,3 +264,10 @@ def _seconds(store):
       key=lambda row: -row[2],
   )
   return {"rows": rows, "total": sum(row[2] for row in rows)}
+
+
+def _world(config):
+  """The kind of toy world that the run's models come from, None if none do."""
+  names = [config["seed_model"], *config["experts"]]
+  is_toy = any(name.startswith("tiny:") for name in names)
+  return config.get("tiny.kind") if is_toy else None

@@ -28,8 +28,9 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
   Returns:
     A dict that `json.dumps` takes. Accuracies are fractions; what has not
     been computed yet is None or absent. "distinct" counts the different
-    programs an iteration admitted; the statistics of scores are over its
-    "evaluated" programs, those not admitted in an earlier iteration. "ci95"
+    programs an iteration admitted; "evaluated" those that no earlier
+    iteration admitted, which were merged; the statistics of scores are over
+    the ones among them whose merge was finite. "ci95"
     belongs to the test score, "ci95_dev" to the development score; the
     latter is too favourable where the model was chosen by it. "paired" is
     the best program minus each baseline, on the items of the test set;
@@ -139,7 +140,7 @@ def _iteration(r):
       "sampled": r.sampled,
       "admitted": len(r.admitted),
       "distinct": len(set(r.admitted)),
-      "evaluated": len(accuracies),
+      "evaluated": len(r.scores),
       "mean_dev": statistics.fmean(accuracies) if accuracies else None,
       "median_dev": statistics.median(accuracies) if accuracies else None,
       "best_dev": max(accuracies, default=None),

@@ -24,6 +24,11 @@ class Generation:
   finished: bool  # False when cut at the token limit.
 
 
+def slots(tokens: int) -> int:
+  """Positions that prompts of at most so many tokens are padded to."""
+  return -(-tokens // _LENGTH_STEP) * _LENGTH_STEP
+
+
 class JaxSampler:
   """Generates with whatever weights were swapped in last.
 
@@ -68,7 +73,7 @@ class JaxSampler:
     """
     rows = [self._tokenizer.encode(prompt) for prompt in prompts]
     longest = max(map(len, rows))
-    length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+    length = slots(longest)
     if length + max_new_tokens > self._decoder.max_positions:
       raise errors.UserError(
           f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed"

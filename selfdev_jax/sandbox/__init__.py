@@ -43,6 +43,7 @@ import threading
 import time
 
 from selfdev_jax import config as config_lib
+from selfdev_jax import errors
 from selfdev_jax.programs import contract
 from selfdev_jax.sandbox import verify as verify_lib
 from selfdev_jax.sandbox import wire
@@ -54,6 +55,7 @@ __all__ = ["Admitted", "Rejection", "Sandbox", "build", "kernels"]
 _ZYGOTE = ("-m", "selfdev_jax.sandbox.zygote")
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _START_S = 120.0  # Importing JAX on a busy machine.
+_STOP_S = 2.0
 _GRACE_S = 10.0  # For the zygote to report a timeout of its child.
 _MAX_MESSAGE_CHARS = 300
 
@@ -138,10 +140,7 @@ class Sandbox:
       )
     with self._lock:
       try:
-        status, reply = self._ask(source)
-      except (wire.WireError, BrokenPipeError):
-        self._stop()
-        status, reply = "crash", b""
+        status, reply = self._ask_again(source)
       except BaseException:  # Ctrl-C between question and answer.
         self._stop()
         raise
@@ -166,15 +165,21 @@ class Sandbox:
         self._scratch.cleanup()
         self._scratch = None
 
+  def _ask_again(self, source):
+    """Asks; once more where the zygote died, which need not be its fault."""
+    for _ in range(2):
+      if self._zygote is None or self._zygote.poll() is not None:
+        self._stop()
+        self._start()
+      try:
+        return self._ask(source)
+      except (wire.WireError, BrokenPipeError):
+        self._stop()
+    return "crash", b""
+
   def _ask(self, source):
     """The zygote's status and the child's bytes."""
-    if self._zygote is None or self._zygote.poll() is not None:
-      self._stop()
-      self._start()
-      deadline = time.monotonic() + _START_S
-    else:
-      deadline = time.monotonic() + _GRACE_S
-    deadline += self._limits.timeout_s
+    deadline = time.monotonic() + _GRACE_S + self._limits.timeout_s
     limits = self._limits
     self._send(source)
     stdout = self._zygote.stdout.fileno()
@@ -184,7 +189,11 @@ class Sandbox:
     return json.loads(header)["status"], reply
 
   def _start(self):
-    """Starts the zygote: exec, so that it inherits nothing of this process."""
+    """Starts the zygote: exec, so that it inherits nothing of this process.
+
+    Raises:
+      UserError: if it does not come up; no program is to blame for that.
+    """
     if self._scratch is None:
       self._scratch = tempfile.TemporaryDirectory(prefix="selfdev_sandbox_")
     environment = {
@@ -196,29 +205,41 @@ class Sandbox:
         "PATH": os.defpath,
         "PYTHONPATH": str(_ROOT),
     }
-    self._zygote = subprocess.Popen(
-        [sys.executable, *_ZYGOTE],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-        cwd=self._scratch.name,
-        env=environment,
-        close_fds=True,
-        start_new_session=True,  # Ctrl-C is for this process alone.
-    )
     limits = self._limits
-    self._send(
-        {
-            "shapes": self._shapes,
-            "num_experts": self._num_experts,
-            "timeout_s": limits.timeout_s,
-            "memory_bytes": limits.memory_bytes,
-            "output_bytes": limits.output_bytes,
-            "ir_bytes": limits.ir_bytes,
-            "max_equations": limits.max_equations,
-        }
-    )
+    setup = {
+        "shapes": self._shapes,
+        "num_experts": self._num_experts,
+        "timeout_s": limits.timeout_s,
+        "memory_bytes": limits.memory_bytes,
+        "output_bytes": limits.output_bytes,
+        "ir_bytes": limits.ir_bytes,
+        "max_equations": limits.max_equations,
+    }
+    with tempfile.TemporaryFile() as complaints:
+      self._zygote = subprocess.Popen(
+          [sys.executable, *_ZYGOTE],
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          stderr=complaints,
+          bufsize=0,
+          cwd=self._scratch.name,
+          env=environment,
+          close_fds=True,
+          start_new_session=True,  # Ctrl-C is for this process alone.
+      )
+      deadline = time.monotonic() + _START_S
+      try:
+        self._send(setup)
+        wire.receive(self._zygote.stdout.fileno(), len(wire.READY), deadline)
+      except (wire.WireError, BrokenPipeError):
+        self._stop()
+        complaints.seek(0)
+        lines = complaints.read().decode(errors="replace").splitlines()
+        reason = _one_line(lines[-1]) if lines else "no answer"
+        raise errors.UserError(
+            f"the sandbox cannot start ({reason}); try python -m"
+            " selfdev_jax.sandbox.zygote"
+        ) from None
 
   def _send(self, message):
     wire.send(self._zygote.stdin.fileno(), json.dumps(message).encode())
@@ -226,9 +247,13 @@ class Sandbox:
   def _stop(self):
     if self._zygote is None:
       return
-    self._zygote.kill()  # Its children die with it: PR_SET_PDEATHSIG.
-    self._zygote.wait()
+    # At the end of its input it kills what its children have left behind.
     self._zygote.stdin.close()
+    try:
+      self._zygote.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+      self._zygote.kill()  # Its children die with it: PR_SET_PDEATHSIG.
+      self._zygote.wait()
     self._zygote.stdout.close()
     self._zygote = None
 

@@ -128,6 +128,11 @@ def _check(equation, operands):
     rank = jnp.ndim(operands[0]) + (name == "stack")
     if len(set(axes)) < len(axes) or any(axis >= rank for axis in axes):
       raise ValueError(f"{name} has no axes {axes}")
+  # It makes a value for each entry of the axis before they can be counted.
+  if name == "unstack" and (
+      jnp.shape(operands[0])[params["axis"]] != equation.num_outputs
+  ):
+    raise ir.IRError("malformed", "The program IR is malformed: unstack.")
 
 
 _OMITTED = {

@@ -8,6 +8,9 @@ import time
 _HEADER = struct.Struct(">I")
 
 
+READY = b"ready"  # What a zygote sends when it has warmed up.
+
+
 class WireError(OSError):
   """The other side is gone, too slow, or sends more than it may."""
 

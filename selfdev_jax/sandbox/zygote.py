@@ -98,6 +98,7 @@ def main() -> None:
   # Nothing is collected in a child: pages stay shared, and it soon ends.
   gc.collect()
   gc.freeze()
+  wire.send(1, wire.READY)
   while True:
     try:
       message = wire.receive(0, MAX_REQUEST_BYTES)

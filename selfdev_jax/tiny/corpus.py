@@ -13,6 +13,7 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
+from selfdev_jax import errors
 from selfdev_jax.evaluation import arithmetic
 from selfdev_jax.tiny import grammar
 
@@ -121,6 +122,9 @@ def pack(
   """Fills rows of `length` tokens with whole documents.
 
   A document ends in EOS; one that is longer than a row is left out.
+
+  Raises:
+    UserError: if every document is.
   """
   eos = tokenizer.token_to_id(EOS)
   prompts = tokenizer.encode_batch([d.prompt for d in documents])
@@ -139,6 +143,11 @@ def pack(
     else:
       rows.append([document])
       open_rows = [*open_rows[-(_OPEN_ROWS - 1) :], rows[-1]]
+  if not rows:
+    raise errors.UserError(
+        f"no text of the toy world fits into rows of {length} tokens; raise"
+        " the lengths in tiny.pretrain and tiny.house"
+    )
   zeros = lambda dtype: np.zeros((len(rows), length), dtype)
   packed = Rows(zeros(np.int32), zeros(np.int32), zeros(np.int32), zeros(bool))
   for i, row in enumerate(rows):

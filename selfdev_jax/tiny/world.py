@@ -8,12 +8,13 @@ median, a norm or a sign can. The simple world stops after the first stage.
 """
 
 from collections.abc import Callable
+import fcntl
 import functools
 import hashlib
 import os
 import pathlib
 import random
-import tempfile
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,10 @@ import optax
 
 from selfdev_jax import config as config_lib
 from selfdev_jax import convert
+from selfdev_jax import errors
 from selfdev_jax import models
 from selfdev_jax import programs
 from selfdev_jax import progress
-from selfdev_jax import store
 from selfdev_jax.evaluation import arithmetic
 from selfdev_jax.tiny import corpus
 from selfdev_jax.tiny import grammar
@@ -70,13 +71,21 @@ def prepare(config: config_lib.Config) -> dict[str, pathlib.Path]:
     return {}
   directory = cache_directory(config.tiny, config.propose.prompt)
   if not directory.is_dir():
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with store.lock(directory.with_suffix(".lock")):
-      if not directory.is_dir():  # Another process may have been faster.
-        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-          whole = pathlib.Path(scratch) / "world"
-          train(config.tiny, config.propose.prompt, whole)
-          whole.rename(directory)
+    try:
+      directory.parent.mkdir(parents=True, exist_ok=True)
+      lock = open(directory.with_suffix(".lock"), "w")  # noqa: SIM115
+    except PermissionError as error:
+      raise errors.UserError(
+          f"the toy world's cache cannot be written ({error}); set"
+          " SELFDEV_CACHE to a directory of yours"
+      ) from None
+    with lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)  # Waits while another trains the same.
+      if not directory.is_dir():
+        partial = directory.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        train(config.tiny, config.propose.prompt, partial)
+        partial.rename(directory)
   return {PREFIX + name: directory / name for name in (SEED_MODEL, *EXPERTS)}
 
 

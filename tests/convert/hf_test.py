@@ -105,11 +105,11 @@ def test_save_replaces_and_copies_the_tokenizer(directory, params, tmp_path):
   ]
 
 
-def test_weights_digest(directory, params, tmp_path):
+def test_digest(directory, params, tmp_path):
   convert.save(tmp_path / "same", _DECODER, params)
   convert.save(tmp_path / "other", _DECODER, _cast(params, np.float16))
   digests = [
-      convert.weights_digest(path)
+      convert.digest(path)
       for path in (directory, tmp_path / "same", tmp_path / "other")
   ]
   assert digests[0] == digests[1] != digests[2]
@@ -216,7 +216,7 @@ def test_damage_is_named_in_one_line(name, directory):
 
 
 def test_missing_directory(tmp_path):
-  for read in (convert.load, convert.read_config, convert.weights_digest):
+  for read in (convert.load, convert.read_config):
     with pytest.raises(convert.ConvertError, match="nowhere"):
       read(tmp_path / "nowhere")
 

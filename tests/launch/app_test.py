@@ -72,7 +72,7 @@ def test_a_bug_keeps_its_traceback():
             ["error: unknown config key 'dpo.bta'; did you mean 'dpo.beta'?"],
         ),
         (
-            ["--config=configs/smoke.py", "--config.dop.beta=1"],
+            ["--config", "configs/smoke.py", "--config.dop.beta=1"],
             ["error: unknown config key 'dop.beta'; did you mean 'dpo.beta'?"],
         ),
         (

@@ -8,7 +8,7 @@ from selfdev_jax import store as store_lib
 
 CONFIG = config_lib.Config(
     name="t",
-    seed_model="seed",
+    seed_model="tiny:seed",
     experts=("a", "b", "c"),
     iterations=2,
     top_k=2,

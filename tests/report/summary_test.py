@@ -37,13 +37,13 @@ def test_iterations(result):
       "median_dev": pytest.approx(0.5),
       "best_dev": 0.6,
   }
-  # d4 was admitted and then not finite; d1 was not new.
+  # d4 was admitted, merged and then not finite; d1 was not new.
   second = {
       "t": 2,
       "sampled": 4,
       "admitted": 2,
       "distinct": 2,
-      "evaluated": 1,
+      "evaluated": 2,
       "mean_dev": 0.7,
       "median_dev": 0.7,
       "best_dev": 0.7,

@@ -141,6 +141,19 @@ def test_counts_equations_and_constants():
             0,
             "malformed",
         ),
+        (  # 2 ** 31 values, were they made.
+            [
+                [
+                    "broadcast_in_dim",
+                    [["float32", 1.0]],
+                    {"shape": [2**31 - 1], "broadcast_dimensions": []},
+                    1,
+                ],
+                ["unstack", [4], {"axis": 0}, 1],
+            ],
+            5,
+            "malformed",
+        ),
     ],
 )
 def test_hostile_ir(equations, output, code):
