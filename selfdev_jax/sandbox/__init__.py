@@ -12,9 +12,10 @@ primitives. The caller's process verifies that (see `verify`) and rebuilds it.
 
 What this stops, each line attacked in tests/sandbox/hostile_test.py:
   - a program that never ends, recurses, prints without end or eats memory:
-    wall clock, RLIMIT_CPU, RLIMIT_AS, a capped pipe;
+    wall clock, RLIMIT_AS, a capped pipe (and RLIMIT_CPU behind them, which no
+    test reaches);
   - processes that a program leaves behind: its session and its orphans are
-    killed;
+    killed by the zygote (not where the zygote itself had to be killed);
   - writing bytes to files: RLIMIT_FSIZE;
   - inheriting the caller's memory, environment, descriptors or pipes: another
     process, exec'd with a scrubbed environment, all descriptors closed;
@@ -28,7 +29,9 @@ reason in the rejection, not for security) runs with the user's rights. It may
 read and delete files, create empty ones, open sockets, signal processes of the
 same user and look into them through /proc, the caller's included. Kernel layers
 (seccomp, Landlock, namespaces, another uid) come around the child, in
-`zygote._child`; nothing else has to change for them.
+`zygote._child`; nothing else has to change for them. Nor is there a watchdog
+over compiling and running an admitted program: the verifier's bounds have to
+do.
 """
 
 from collections.abc import Sequence
