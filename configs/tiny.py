@@ -1,7 +1,7 @@
 """The demo: Self-Developing on a toy world, for real, on two CPU cores.
 
 Trains a 785k-parameter seed model and three experts (once, cached), then runs
-three iterations of 64 programs, the loop without DPO beside it, and three
+three iterations of 80 programs, the loop without DPO beside it, and three
 sweeps with as many evaluations as the loop had.
 
   make demo
@@ -21,11 +21,11 @@ def get_config():
           top_k=15,
           propose=config_lib.Propose(
               prompt="tiny",
-              samples=64,
+              samples=80,
               temperature=1.0,  # At 1.2 a third of the tiny programs break.
               temperature_decay=0.2,
               max_new_tokens=224,
-              batch_size=64,
+              batch_size=80,
           ),
           merge=config_lib.Merge(scope="all"),
           evaluate=config_lib.Evaluate(
@@ -39,7 +39,7 @@ def get_config():
               top_fraction=0.15,
               bottom_fraction=0.3,
               elites=3,
-              invalid_fraction=0.2,
+              invalid_fraction=0.3,
               pairing="product",
               max_pairs=400,
           ),
@@ -47,7 +47,7 @@ def get_config():
               beta=0.1,
               sft_weight=0.2,
               learning_rate=3e-4,
-              steps=50,
+              steps=30,
               batch_size=16,
               lora_rank=32,
               lora_alpha=32.0,
