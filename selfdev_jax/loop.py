@@ -44,9 +44,6 @@ from selfdev_jax import store as store_lib
 from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import train as train_lib
 
-_PROGRAM = "program:"
-BASELINES = ("task_arithmetic", "ties", "weights")
-
 # What the sweeps search: factors of a task vector, evenly on a log scale (the
 # best ones differ by an order of magnitude between worlds), densities of TIES.
 _SCALES = (0.02, 2.0)
@@ -202,7 +199,7 @@ def _provenance() -> dict[str, Any]:
 
 def _program(digest: str) -> str:
   """The name of a program's merged model."""
-  return _PROGRAM + digest
+  return records.PROGRAM + digest
 
 
 def _where(arm: str, t: int) -> str:
@@ -418,7 +415,7 @@ class _Run:
     except Exception:
       # What passed the verifier can still be more than XLA compiles or this
       # device holds, and would be again on every resume: a verdict, no crash.
-      if not name.startswith(_PROGRAM):
+      if not name.startswith(records.PROGRAM):
         raise
       return {}, False
 
@@ -548,7 +545,7 @@ class _Run:
     """Seed, experts, and each sweep with the loop's number of evaluations."""
     dev, arm = records.DEV, records.LOOP
     self._score_all(arm, 0, "single models", dev, self._single_models())
-    for family in BASELINES:
+    for family in records.SWEEPS:
       names = self._sweep(family, len(self._evaluated(arm)))
       self._score_all(arm, 0, family, dev, names)
 
@@ -577,7 +574,7 @@ class _Run:
     """Scores once, on the test set, what the development set chose."""
     dev = self._archive.scores(records.DEV)
     chosen = self._single_models()
-    for family in BASELINES:
+    for family in records.SWEEPS:
       chosen += _best(dev, [m for m in dev if m.startswith(f"{family}:")], 1)
     for arm, n in ((records.LOOP, self._config.top_k), (records.CONTROL, 1)):
       chosen += _best(dev, map(_program, self._evaluated(arm)), n)

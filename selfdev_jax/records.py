@@ -10,6 +10,11 @@ LOOP = "loop"  # The arm whose factory is refined by DPO.
 CONTROL = "control"  # The same loop without DPO.
 ARMS = (LOOP, CONTROL)
 
+# How the name of a score begins: a generated program, and the baselines that
+# are sweeps over settings.
+PROGRAM = "program:"
+SWEEPS = ("task_arithmetic", "ties", "weights")
+
 DEV = "dev"
 TEST = "test"
 

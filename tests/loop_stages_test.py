@@ -131,7 +131,7 @@ def test_new_programs_are_new_to_their_arm(run):
 def test_sweeps_have_the_budget_and_their_names_give_the_method_back(run):
   base = jnp.float32([1.0, -2.0, 3.0])
   taus = [jnp.float32([0.5, 0.1, -0.1]), jnp.float32([0.3, -0.2, 0.1])]
-  for family in loop.BASELINES:
+  for family in records.SWEEPS:
     names = run._sweep(family, 30)
     assert names == run._sweep(family, 30) and len(set(names)) == 30
     for name in (names[0], names[-1]):

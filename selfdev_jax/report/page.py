@@ -160,7 +160,7 @@ def _curves(run):
       arm: [s.accuracy for r in rounds for s in r.scores]
       for arm, rounds in run.arms.items()
   }
-  for family in reading.FAMILIES:
+  for family in records.SWEEPS:
     name = "random_weights" if family == "weights" else family
     curves[name] = [s.accuracy for s in run.family(family)]
   return {name: curve for name, curve in curves.items() if curve}

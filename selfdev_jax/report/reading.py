@@ -10,12 +10,6 @@ from typing import Any
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
 
-# Ways of merging with settings that were searched on the development set, as
-# they stand before the colon in `Score.model`.
-FAMILIES = ("task_arithmetic", "ties", "weights")
-
-_PROGRAM = "program:"
-
 
 @dataclasses.dataclass(frozen=True)
 class Round:
@@ -134,7 +128,7 @@ def read(store: store_lib.Store) -> Run:
 
 
 def digest_of(model: str) -> str:
-  return model.removeprefix(_PROGRAM)
+  return model.removeprefix(records.PROGRAM)
 
 
 def ranked(scores: Iterable[records.Score]) -> list[records.Score]:
@@ -152,7 +146,7 @@ def _rounds(store, dev, keys):
   broken = frozenset(
       digest_of(model)
       for model, score in dev.items()
-      if model.startswith(_PROGRAM) and score.correct is None
+      if model.startswith(records.PROGRAM) and score.correct is None
   )
   rounds, seen = [], set()
   for arm, iteration in keys:
@@ -162,7 +156,7 @@ def _rounds(store, dev, keys):
     verdicts = store.verdicts(arm, iteration)
     # A dict keeps the order of items and drops repetitions.
     admitted = dict.fromkeys(v.digest for v in verdicts if v.admitted)
-    new = [_PROGRAM + d for d in admitted if d not in seen]
+    new = [records.PROGRAM + d for d in admitted if d not in seen]
     seen |= admitted.keys()
     rounds.append(
         Round(
