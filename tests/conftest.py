@@ -33,7 +33,7 @@ def random_params():
     def draw(path, leaf):
       if path[-1].key.endswith("norm"):
         return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-      std = leaf.shape[-2] ** -0.5 if path[0].key != "embed" else 0.5
+      std = leaf.shape[-1] ** -0.5 if path[0].key != "embed" else 0.5
       return rng.normal(0.0, std, leaf.shape).astype(np.float32)
 
     abstract = models.abstract_params(config)

@@ -20,8 +20,7 @@ import transformers
 from selfdev_jax import errors
 from selfdev_jax import models
 
-# Path in our tree -> name in the file. `{}` is the layer. Matrices are
-# [out, in] there and [in, out] here; embed and the norms stay as they are.
+# Path in our tree -> name in the file. `{}` is the layer.
 _TABLE = {
     "embed": "model.embed_tokens.weight",
     "layers/attention_norm": "model.layers.{}.input_layernorm.weight",
@@ -36,7 +35,6 @@ _TABLE = {
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
-_NOT_TRANSPOSED = ("embed", "norm")
 _DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = "model.safetensors"
 _TOKENIZER_FILES = (
@@ -51,10 +49,6 @@ _ADAPTER = "adapter_model.safetensors"
 
 class ConvertError(errors.UserError):
   """A model directory that is missing, unreadable or not as expected."""
-
-
-def _is_transposed(path: str) -> bool:
-  return not path.endswith(_NOT_TRANSPOSED)
 
 
 def get_path(tree: models.Params, path: str) -> Any:
@@ -211,11 +205,9 @@ def load(
             raise ConvertError(f"{path} lacks tensor {name}")
           unknown.remove(name)
           value = file.get_tensor(name)
-          if _is_transposed(target):
-            value = value.T
           if value.shape != leaf_shape:
             raise ConvertError(
-                f"{path}: {name} has shape {value.shape} as [in, out], but"
+                f"{path}: {name} has shape {value.shape}, but"
                 f" config.json asks for {leaf_shape}"
             )
           # Layers are stacked: of one dtype, and nothing is promoted.
@@ -265,8 +257,7 @@ def save(
     leaf = np.asarray(leaf)
     parts = leaf if path.startswith("layers/") else [leaf]
     for name, part in zip(names, parts, strict=True):
-      part = part.T if _is_transposed(path) else part
-      tensors[name] = np.ascontiguousarray(part)
+      tensors[name] = part
   dtype = str(np.asarray(params["embed"]).dtype)
   with _new_directory(directory) as new:
     _save_file(tensors, new / _WEIGHTS)
@@ -356,8 +347,8 @@ def save_adapter(
 
   Args:
     directory: made anew; an existing one is replaced.
-    adapter: {"layers": {"attention": {"q": {"a": [layers, in, rank],
-      "b": [layers, rank, out]}, ...}, "mlp": ...}}, `b` without the scale.
+    adapter: {"layers": {"attention": {"q": {"a": [layers, rank, in],
+      "b": [layers, out, rank]}, ...}, "mlp": ...}}, `b` without the scale.
     rank: r.
     alpha: the update is scaled by alpha / rank.
     base: name or path of the model that the adapter belongs to.
@@ -371,8 +362,8 @@ def save_adapter(
     targets.append(name.split(".")[-2])
     for i, (a, b) in enumerate(zip(leaf["a"], leaf["b"], strict=True)):
       stem = _PEFT_PREFIX + name.format(i).removesuffix(".weight")
-      tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(np.asarray(a).T)
-      tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(np.asarray(b).T)
+      tensors[f"{stem}.lora_A.weight"] = np.asarray(a)
+      tensors[f"{stem}.lora_B.weight"] = np.asarray(b)
   settings = {
       "peft_type": "LORA",
       "task_type": "CAUSAL_LM",
@@ -413,7 +404,7 @@ def load_adapter(
       names = [f"{stem}.lora_{part.upper()}.weight" for stem in stems]
       if names[0] in tensors:
         try:
-          leaves = [tensors.pop(name).T for name in names]
+          leaves = [tensors.pop(name) for name in names]
         except KeyError as error:
           raise ConvertError(f"{path} lacks tensor {error}") from None
         set_path(adapter, f"{target}/{part}", np.stack(leaves))

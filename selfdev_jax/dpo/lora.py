@@ -22,8 +22,8 @@ def init(
     rank: r.
 
   Returns:
-    {"layers": {"attention": {"q": {"a": [layers, in, rank],
-    "b": [layers, rank, out]}, ...}, "mlp": ...}}, float32. `a` is uniform in
+    {"layers": {"attention": {"q": {"a": [layers, rank, in],
+    "b": [layers, out, rank]}, ...}, "mlp": ...}}, float32. `a` is uniform in
     +-1/sqrt(in), which is what PEFT's kaiming_uniform_(a=sqrt(5)) comes to;
     `b` is zero.
   """
@@ -32,12 +32,12 @@ def init(
   leaves, tree = jax.tree.flatten(matrices)
 
   def pair(key, matrix):
-    n, inputs, outputs = matrix.shape
+    n, outputs, inputs = matrix.shape
     bound = inputs**-0.5
-    shape = (n, inputs, rank)
+    shape = (n, rank, inputs)
     return {
         "a": jax.random.uniform(key, shape, jnp.float32, -bound, bound),
-        "b": jnp.zeros((n, rank, outputs), jnp.float32),
+        "b": jnp.zeros((n, outputs, rank), jnp.float32),
     }
 
   keys = jax.random.split(key, len(leaves))
@@ -50,7 +50,7 @@ def scaled(adapter: models.Params, alpha: float, rank: int) -> models.Params:
 
   Args:
     adapter: as from `init`, `b` without the scale (PEFT's on disk too).
-    alpha: the update is alpha / rank times A B.
+    alpha: the update is alpha / rank times B A.
     rank: r.
 
   Returns:

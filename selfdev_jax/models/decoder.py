@@ -1,17 +1,18 @@
 """A Mistral decoder in Flax NNX, its layers stacked and scanned.
 
-Modules live in this file; everywhere else parameters are a plain nested dict:
+Modules live in this file; everywhere else parameters are a plain nested dict,
+matrices [out, in] as in PyTorch and in the files of Hugging Face:
 
   embed                         [vocab, embed]
   layers/attention_norm         [layers, embed]
-  layers/attention/q            [layers, embed, heads * head_dim]
-  layers/attention/{k, v}       [layers, embed, kv_heads * head_dim]
-  layers/attention/o            [layers, heads * head_dim, embed]
+  layers/attention/q            [layers, heads * head_dim, embed]
+  layers/attention/{k, v}       [layers, kv_heads * head_dim, embed]
+  layers/attention/o            [layers, embed, heads * head_dim]
   layers/mlp_norm               [layers, embed]
-  layers/mlp/{gate, up}         [layers, embed, mlp]
-  layers/mlp/down               [layers, mlp, embed]
+  layers/mlp/{gate, up}         [layers, mlp, embed]
+  layers/mlp/down               [layers, embed, mlp]
   final_norm                    [embed]
-  head                          [embed, vocab]; absent when it is tied
+  head                          [vocab, embed]; absent when it is tied
 
 A. Q. Jiang et al., Mistral 7B, arXiv 2310.06825.
 """
@@ -77,17 +78,19 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def _linear(x, kernel, lora):
-  """`x @ kernel`, plus the low-rank update (x A) B where there is one."""
-  y = x @ kernel
+def _linear(x, weight, lora):
+  """`x @ weight.T`, plus the low-rank update x (B A)^T where there is one."""
+  y = x @ weight.T
   if lora is not None:
-    y += (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
+    y += (x @ lora["a"].astype(x.dtype).T) @ lora["b"].astype(x.dtype).T
   return y
 
 
-def _matrix(rngs, *shape):
-  std = shape[0] ** -0.5
-  return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+def _matrix(rngs, outputs, inputs):
+  std = inputs**-0.5
+  return nnx.Param(
+      std * jax.random.normal(rngs.params(), (outputs, inputs), jnp.float32)
+  )
 
 
 class Attention(nnx.Module):
@@ -97,10 +100,10 @@ class Attention(nnx.Module):
     self.config = config
     d, queries = config.embed, config.heads * config.head_dim
     keys = config.kv_heads * config.head_dim
-    self.q = _matrix(rngs, d, queries)
-    self.k = _matrix(rngs, d, keys)
-    self.v = _matrix(rngs, d, keys)
-    self.o = _matrix(rngs, queries, d)
+    self.q = _matrix(rngs, queries, d)
+    self.k = _matrix(rngs, keys, d)
+    self.v = _matrix(rngs, keys, d)
+    self.o = _matrix(rngs, d, queries)
 
   def __call__(self, x, positions, mask, lora, cache):
     """See `Decoder.__call__`; `cache` is (keys, values, layer, start)."""
@@ -130,9 +133,9 @@ class Mlp(nnx.Module):
   """SwiGLU (N. Shazeer, arXiv 2002.05202)."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    self.gate = _matrix(rngs, config.embed, config.mlp)
-    self.up = _matrix(rngs, config.embed, config.mlp)
-    self.down = _matrix(rngs, config.mlp, config.embed)
+    self.gate = _matrix(rngs, config.mlp, config.embed)
+    self.up = _matrix(rngs, config.mlp, config.embed)
+    self.down = _matrix(rngs, config.embed, config.mlp)
 
   def __call__(self, x, lora):
     lora = lora or {}
@@ -179,7 +182,7 @@ class Decoder(nnx.Module):
     self.layers = stack(rngs)
     self.final_norm = nnx.Param(jnp.ones(config.embed))
     if not config.tied_head:
-      self.head = _matrix(rngs, config.embed, config.vocab_size)
+      self.head = _matrix(rngs, config.vocab_size, config.embed)
 
   def __call__(
       self, tokens, positions, mask, lora=None, cache=None, remat=False
@@ -222,9 +225,8 @@ class Decoder(nnx.Module):
 
   def logits(self, hidden):
     """[..., embed] -> [..., vocab] in the dtype of `hidden`."""
-    if self.config.tied_head:
-      return hidden @ self.embed[...].T
-    return hidden @ self.head[...]
+    head = self.embed if self.config.tied_head else self.head
+    return hidden @ head[...].T
 
 
 @functools.cache

@@ -145,7 +145,7 @@ _DAMAGE = {
     ),
     "other shape": (
         _replace(_UP, np.zeros((24, 17), np.float32)),
-        f"{_UP} has shape .*17, 24.* asks for .*16, 24",
+        f"{_UP} has shape .*24, 17.* asks for .*24, 16",
     ),
     "other number of dimensions": (
         _replace(_UP, np.zeros(24, np.float32)),
@@ -240,8 +240,8 @@ def _adapter(rank=3):
 
   return {
       "layers": {
-          "attention": {"q": {"a": draw(2, 16, rank), "b": draw(2, rank, 16)}},
-          "mlp": {"down": {"a": draw(2, 24, rank), "b": draw(2, rank, 16)}},
+          "attention": {"q": {"a": draw(2, rank, 16), "b": draw(2, 16, rank)}},
+          "mlp": {"down": {"a": draw(2, rank, 24), "b": draw(2, 16, rank)}},
       }
   }
 

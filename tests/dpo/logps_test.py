@@ -154,11 +154,11 @@ def test_init_is_pefts():
   def shape(x):
     return x.shape, str(x.dtype)
 
-  assert shape(matrices["down"]["a"]) == ((3, 48, 64), "float32")
-  assert shape(matrices["down"]["b"]) == ((3, 64, 32), "float32")
-  assert shape(matrices["k"]["b"]) == ((3, 64, 16), "float32")
+  assert shape(matrices["down"]["a"]) == ((3, 64, 48), "float32")
+  assert shape(matrices["down"]["b"]) == ((3, 32, 64), "float32")
+  assert shape(matrices["k"]["b"]) == ((3, 16, 64), "float32")
   for factors in matrices.values():
-    bound = factors["a"].shape[1] ** -0.5
+    bound = factors["a"].shape[2] ** -0.5
     assert 0.98 * bound < np.abs(factors["a"]).max() <= bound
     assert not np.any(factors["b"])
   # Every matrix and layer draws its own.
@@ -173,7 +173,7 @@ def test_adapter_equals_merged_weights(params, adapter):
   for group, matrices in adapter["layers"].items():
     layers[group] = {
         name: params["layers"][group][name]
-        + _ALPHA / _RANK * np.asarray(ab["a"]) @ np.asarray(ab["b"])
+        + _ALPHA / _RANK * np.asarray(ab["b"]) @ np.asarray(ab["a"])
         for name, ab in matrices.items()
     }
   np.testing.assert_allclose(

@@ -52,10 +52,9 @@ def test_scope_mlp_leaves_the_rest_the_bases():
 def test_leaf_kinds_by_scope():
   assert merging.leaf_shapes(_tree(0), "mlp") == [(8, 12), (12, 8)]
   assert merging.leaf_shapes(_tree(0), "all") == [
+      (4, 8),
       (8,),
-      (8, 4),
       (8, 8),
-      (8, 11),
       (8, 12),
       (11, 8),
       (12, 8),
@@ -109,5 +108,5 @@ def test_experts_of_another_shape_are_named():
     merging.check_experts(_tree(0), {"good": _tree(1), "bad": other}, "seed")
   message = str(error.value)
   assert "expert bad does not fit seed model seed: layers/mlp/down" in message
-  assert "(3, 16, 8) there and (3, 12, 8) in the seed" in message
+  assert "(3, 8, 16) there and (3, 8, 12) in the seed" in message
   assert "\n" not in message

@@ -74,17 +74,17 @@ def test_params_are_as_documented(params):
   assert shapes == {
       "embed": (61, 32),
       "final_norm": (32,),
-      "head": (32, 61),
+      "head": (61, 32),
       "layers": {
           "attention_norm": (2, 32),
           "mlp_norm": (2, 32),
           "attention": {
               "q": (2, 32, 32),
-              "k": (2, 32, 16),
-              "v": (2, 32, 16),
+              "k": (2, 16, 32),
+              "v": (2, 16, 32),
               "o": (2, 32, 32),
           },
-          "mlp": {"gate": (2, 32, 48), "up": (2, 32, 48), "down": (2, 48, 32)},
+          "mlp": {"gate": (2, 48, 32), "up": (2, 48, 32), "down": (2, 32, 48)},
       },
   }
   abstract = models.abstract_params(c)

@@ -33,7 +33,7 @@ _PROMPTS = [
 def params(random_params):
   """With an EOS that is likely enough to come up."""
   params = random_params(_DECODER)
-  params["head"][:, _EOS] *= 1.5
+  params["head"][_EOS] *= 1.5
   return params
 
 
@@ -153,10 +153,10 @@ def test_temperature_samples_the_softmax(params):
 def test_adapter_equals_merged_weights(params):
   rng = np.random.default_rng(5)
   up = params["layers"]["mlp"]["up"]
-  a = rng.normal(size=(2, 32, 3)).astype(np.float32)
-  b = 0.3 * rng.normal(size=(2, 3, 48)).astype(np.float32)
+  a = rng.normal(size=(2, 3, 32)).astype(np.float32)
+  b = 0.3 * rng.normal(size=(2, 48, 3)).astype(np.float32)
   lora = {"layers": {"mlp": {"up": {"a": a, "b": b}}}}
-  mlp = params["layers"]["mlp"] | {"up": up + a @ b}
+  mlp = params["layers"]["mlp"] | {"up": up + b @ a}
   merged = params | {"layers": params["layers"] | {"mlp": mlp}}
   one, _ = _generate(params, lora=lora)
   other, _ = _generate(merged)
