@@ -16,8 +16,6 @@ from absl import app as absl_app
 from absl import flags
 from absl import logging
 
-# The models come from directories; nothing is looked up on a hub.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # transformers says that it found no PyTorch; none is needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

@@ -77,13 +77,13 @@ def run(
     workdir: gets archive.sqlite, factories/ (LoRA adapters) and best/ (the
       best merged model, a Hugging Face directory).
     directories: where the models behind names such as `tiny:seed` are; other
-      names are directories themselves.
+      names are directories themselves, or `org/name[@revision]` on the hub.
 
   Raises:
     UserError: for models, configs or workdirs that do not fit, in one line.
   """
   paths = {
-      name: pathlib.Path((directories or {}).get(name, name))
+      name: convert.resolve((directories or {}).get(name, name))
       for name in (config.seed_model, *config.experts)
   }
   check(config)
@@ -147,23 +147,19 @@ def _check_lengths(config: config_lib.Config, loaded: Models):
 def _load(config, paths) -> Models:
   seed_path = paths[config.seed_model]
   decoder, seed = convert.load(seed_path)
-  experts = {}
-  for name in config.experts:
-    _, expert = convert.load(paths[name])
-    experts[name] = jax.tree.map(jnp.asarray, expert)
+  experts = {name: convert.load(paths[name])[1] for name in config.experts}
   merging.check_experts(seed, experts, config.seed_model)
+  for note in merging.vocabulary_notes(seed, experts, config.merge.scope):
+    progress.note(note)
   return Models(
-      decoder,
-      jax.tree.map(jnp.asarray, seed),
-      experts,
-      convert.load_tokenizer(seed_path),
-      seed_path,
+      decoder, seed, experts, convert.load_tokenizer(seed_path), seed_path
   )
 
 
 def _sandbox(config, loaded) -> sandbox.Sandbox:
-  shapes = merging.leaf_shapes(loaded.seed, config.merge.scope)
-  return sandbox.Sandbox(config.sandbox, shapes, len(loaded.experts))
+  experts = list(loaded.experts.values())
+  shapes = merging.leaf_shapes(loaded.seed, experts, config.merge.scope)
+  return sandbox.Sandbox(config.sandbox, shapes, len(experts))
 
 
 def _git_revision() -> str:
@@ -223,11 +219,13 @@ class _Run:
     self._box = box
     self._prompt = programs.load_prompt(config.propose.prompt)
     self._task = evaluation.get(config.evaluate.task)
-    self._factory = sampling.JaxSampler(
-        loaded.decoder, loaded.tokenizer, config.propose.batch_size
-    )
-    self._judge = sampling.JaxSampler(
-        loaded.decoder, loaded.tokenizer, config.evaluate.batch_size
+    eos = convert.end_tokens(loaded.directory, loaded.tokenizer)
+    self._factory, self._judge = (
+        sampling.JaxSampler(loaded.decoder, loaded.tokenizer, batch_size, eos)
+        for batch_size in (
+            config.propose.batch_size,
+            config.evaluate.batch_size,
+        )
     )
 
   def run(self):
@@ -454,9 +452,8 @@ class _Run:
     """The factory of iteration `t`, scaled; None where it is the seed model."""
     if arm == records.CONTROL or t == 1:
       return None
-    adapter = convert.load_adapter(self._factory_path(t), self._models.decoder)
-    config = self._config.dpo
-    return lora.scaled(adapter, config.lora_alpha, config.lora_rank)
+    path = self._factory_path(t)
+    return convert.load_adapter(path, self._models.decoder).scaled()
 
   def _factory_path(self, t: int) -> pathlib.Path:
     return self._archive.workdir / "factories" / f"iteration_{t}"
@@ -515,7 +512,9 @@ class _Run:
       adapter = (
           lora.init(self._key(t, "lora"), loaded.decoder, config.lora_rank)
           if t == 1
-          else convert.load_adapter(self._factory_path(t), loaded.decoder)
+          else convert.load_adapter(
+              self._factory_path(t), loaded.decoder
+          ).params
       )
       adapter, metrics = train_lib.train(
           config,
@@ -531,6 +530,7 @@ class _Run:
       convert.save_adapter(
           self._factory_path(t + 1),
           adapter,
+          config=loaded.decoder,
           rank=config.lora_rank,
           alpha=config.lora_alpha,
           base=self._config.seed_model,
@@ -598,8 +598,8 @@ class _Run:
       convert.save(
           self._archive.workdir / "best",
           self._models.decoder,
-          jax.device_get(params),
-          tokenizer=self._models.directory,
+          params,
+          like=self._models.directory,
       )
 
 

@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, plain lines elsewhere."""
+"""What a user sees meanwhile: a bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Iterator
 import contextlib
@@ -38,6 +38,11 @@ class _Lines:
         file=sys.stderr,
         flush=True,
     )
+
+
+def note(text: str):
+  """Says something that the user should know, where progress is shown."""
+  print(f"Note: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def run(tmp_path):
   with (
       store_lib.Store.create(tmp_path, _CONFIG, {}, {}) as archive,
       sandbox.Sandbox(
-          _CONFIG.sandbox, merging.leaf_shapes(seed, "mlp"), 2
+          _CONFIG.sandbox, merging.leaf_shapes(seed, [a, b], "mlp"), 2
       ) as box,
   ):
     yield loop._Run(_CONFIG, archive, loaded, box)

@@ -1,21 +1,39 @@
-"""Flax pytrees to and from Hugging Face directories."""
+"""Models in and out: Hugging Face and PEFT directories, Orbax checkpoints."""
 
-from selfdev_jax.convert.hf import ConvertError
+from selfdev_jax.convert.adapters import Adapter
+from selfdev_jax.convert.adapters import apply_adapter
+from selfdev_jax.convert.adapters import load_adapter
+from selfdev_jax.convert.adapters import save_adapter
+from selfdev_jax.convert.checkpoint import open_checkpoint
+from selfdev_jax.convert.checkpoint import restore
+from selfdev_jax.convert.checkpoint import save_checkpoint
+from selfdev_jax.convert.error import ConvertError
+from selfdev_jax.convert.families import FAMILIES
 from selfdev_jax.convert.hf import digest
+from selfdev_jax.convert.hf import end_tokens
 from selfdev_jax.convert.hf import load
-from selfdev_jax.convert.hf import load_adapter
 from selfdev_jax.convert.hf import load_tokenizer
+from selfdev_jax.convert.hf import open_leaves
 from selfdev_jax.convert.hf import read_config
+from selfdev_jax.convert.hf import resolve
 from selfdev_jax.convert.hf import save
-from selfdev_jax.convert.hf import save_adapter
 
 __all__ = [
+    "FAMILIES",
+    "Adapter",
     "ConvertError",
+    "apply_adapter",
     "digest",
+    "end_tokens",
     "load",
     "load_adapter",
     "load_tokenizer",
+    "open_checkpoint",
+    "open_leaves",
     "read_config",
+    "resolve",
+    "restore",
     "save",
     "save_adapter",
+    "save_checkpoint",
 ]

@@ -44,19 +44,3 @@ def init(
   pairs = [pair(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
   return {"layers": jax.tree.unflatten(tree, pairs)}
 
-
-def scaled(adapter: models.Params, alpha: float, rank: int) -> models.Params:
-  """The adapter as `models.forward` and `models.generate` take it.
-
-  Args:
-    adapter: as from `init`, `b` without the scale (PEFT's on disk too).
-    alpha: the update is alpha / rank times B A.
-    rank: r.
-
-  Returns:
-    The same tree with `b` times alpha / rank.
-  """
-  scale = alpha / rank
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, adapter
-  )

@@ -132,7 +132,9 @@ def _logps(
     is_completion: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probabilities and lengths, both [rows], of [rows, seq] tokens."""
-  scaled = lora.scaled(adapter, config.lora_alpha, config.lora_rank)
+  scaled = models.scale_adapter(
+      adapter, config.lora_alpha / config.lora_rank
+  )
   return logps_lib.completion_logps(
       decoder, params, scaled, tokens, is_completion
   )

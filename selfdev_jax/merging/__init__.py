@@ -6,6 +6,7 @@ from selfdev_jax.merging.engine import leaf_shapes
 from selfdev_jax.merging.engine import merge
 from selfdev_jax.merging.engine import Method
 from selfdev_jax.merging.engine import TensorMerge
+from selfdev_jax.merging.engine import vocabulary_notes
 from selfdev_jax.merging.methods import linear
 from selfdev_jax.merging.methods import METHODS
 from selfdev_jax.merging.methods import task_arithmetic
@@ -23,5 +24,6 @@ __all__ = [
     "merge",
     "task_arithmetic",
     "ties",
+    "vocabulary_notes",
     "weighted",
 ]

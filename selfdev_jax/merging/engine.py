@@ -24,6 +24,7 @@ TensorMerge = Callable[[jax.Array, Sequence[jax.Array], jax.Array], jax.Array]
 Method = Callable[[tuple[int, ...]], tuple[TensorMerge, np.ndarray]]
 
 MLP, ALL = "mlp", "all"
+_VOCABULARY = ("embed", "head")
 
 
 def constant(fn: TensorMerge, coefficients: Sequence[float]) -> Method:
@@ -32,16 +33,12 @@ def constant(fn: TensorMerge, coefficients: Sequence[float]) -> Method:
   return lambda shape: (fn, values)
 
 
-def leaf_shapes(params: models.Params, scope: str) -> list[tuple[int, ...]]:
+def leaf_shapes(
+    base: models.Params, experts: Sequence[models.Params], scope: str
+) -> list[tuple[int, ...]]:
   """The distinct per-layer shapes that a merge of that scope meets, sorted."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return sorted(
-      {
-          _layer_shape(path, leaf)
-          for path, leaf in leaves
-          if _in_scope(path, scope)
-      }
-  )
+  kinds = _kinds(base, experts, scope)
+  return sorted({shape for _, shape in kinds})
 
 
 def check_experts(
@@ -49,26 +46,49 @@ def check_experts(
 ):
   """Asserts that the experts share the seed model's tensors.
 
+  The number of rows of the embedding and the head may differ: see `merge`.
+
   Raises:
     UserError: naming the expert, the tensor and both shapes.
   """
-  expected = {
-      _name(path): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(base)
-  }
+  expected = _shapes(base)
   for name, expert in experts.items():
-    found = {
-        _name(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(expert)
-    }
+    found = _shapes(expert)
     for path in sorted(expected.keys() | found.keys()):
-      if expected.get(path) != found.get(path):
+      ours, theirs = expected.get(path), found.get(path)
+      if ours and theirs and path in _VOCABULARY:
+        ours, theirs = ours[1:], theirs[1:]
+      if ours != theirs:
         raise errors.UserError(
             f"expert {name} does not fit seed model {seed_model}: {path} is"
             f" {found.get(path, 'absent')} there and"
             f" {expected.get(path, 'absent')} in the seed model; experts have"
             " to be fine-tunes of the seed model"
         )
+
+
+def _shapes(params: models.Params) -> dict[str, tuple[int, ...]]:
+  return {
+      "/".join(str(key.key) for key in path): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def vocabulary_notes(
+    base: models.Params, experts: dict[str, models.Params], scope: str
+) -> list[str]:
+  """Says which experts have other vocabularies, and what `merge` does then."""
+  if scope != ALL:
+    return []
+  rows = base["embed"].shape[0]
+  shared = min(rows, *(tree["embed"].shape[0] for tree in experts.values()))
+  return [
+      f"expert {name} has {expert['embed'].shape[0]} rows of vocabulary, the"
+      f" seed model {rows}: the first {shared} are merged, the others stay the"
+      " seed model's"
+      for name, expert in experts.items()
+      if expert["embed"].shape[0] != rows
+  ]
 
 
 def merge(
@@ -82,7 +102,9 @@ def merge(
   Args:
     method: gives the kernel of each leaf kind.
     base: the seed model's parameters, layers stacked.
-    experts: parameters of the same structure.
+    experts: parameters of the same structure. Where embeddings and heads have
+      different numbers of rows, those that all have are merged; the others
+      stay the base's, and those that it lacks are left out.
     scope: `mlp` merges the MLP's weights, as the paper does, and leaves the
       others the base's; `all` merges every leaf.
 
@@ -92,15 +114,10 @@ def merge(
   leaves, structure = jax.tree_util.tree_flatten_with_path(base)
   expert_leaves = [jax.tree.leaves(expert) for expert in experts]
   merged = [leaf for _, leaf in leaves]
-  kinds = collections.defaultdict(list)
-  for i, (path, leaf) in enumerate(leaves):
-    if _in_scope(path, scope):
-      kinds[_is_stacked(path), _layer_shape(path, leaf)].append(i)
-
   # Looked up here: the cache of kernels does not lock, and threads would make
   # one twice.
   tasks = []
-  for (is_stacked, shape), indices in kinds.items():
+  for (is_stacked, shape), indices in _kinds(base, experts, scope).items():
     fn, coefficients = method(shape)
     tasks.append((_kernel(fn, is_stacked), coefficients, indices))
 
@@ -133,7 +150,11 @@ def _kernel(fn: TensorMerge, stacked: bool):
 
   def kernel(base, experts, coefficients):
     over = jax.vmap(one, (0, 0, None)) if stacked else one
-    merged, finite = over(base, experts, coefficients)
+    rows = min(len(leaf) for leaf in (base, *experts))
+    shared = [expert[:rows] for expert in experts]
+    merged, finite = over(base[:rows], shared, coefficients)
+    if rows < len(base):
+      merged = jnp.concatenate([merged, base[rows:]])
     return merged, jnp.all(finite)
 
   return jax.jit(kernel)
@@ -147,9 +168,16 @@ def _in_scope(path, scope: str) -> bool:
   return scope == ALL or any(key.key == "mlp" for key in path)
 
 
-def _layer_shape(path, leaf) -> tuple[int, ...]:
-  return tuple(leaf.shape[1:] if _is_stacked(path) else leaf.shape)
-
-
-def _name(path) -> str:
-  return "/".join(str(key.key) for key in path)
+def _kinds(
+    base, experts, scope
+) -> dict[tuple[bool, tuple[int, ...]], list[int]]:
+  """(is stacked, shape of what is merged) -> the numbers of such leaves."""
+  kinds = collections.defaultdict(list)
+  leaves = jax.tree_util.tree_leaves_with_path(base)
+  of_experts = [jax.tree.leaves(expert) for expert in experts]
+  for i, (path, leaf) in enumerate(leaves):
+    if _in_scope(path, scope):
+      rows = min(len(leaf), *(len(tree[i]) for tree in of_experts))
+      shape = leaf.shape[1:] if _is_stacked(path) else (rows, *leaf.shape[1:])
+      kinds[_is_stacked(path), shape].append(i)
+  return kinds

@@ -8,12 +8,16 @@ from selfdev_jax.models.decoder import forward
 from selfdev_jax.models.decoder import init_params
 from selfdev_jax.models.decoder import logits
 from selfdev_jax.models.decoder import Params
+from selfdev_jax.models.decoder import Rope
+from selfdev_jax.models.decoder import scale_adapter
 from selfdev_jax.models.generation import generate
 from selfdev_jax.models.generation import pad_left
+from selfdev_jax.models.partition import shardings
 
 __all__ = [
     "DecoderConfig",
     "Params",
+    "Rope",
     "abstract_params",
     "bind",
     "causal_mask",
@@ -22,4 +26,6 @@ __all__ = [
     "init_params",
     "logits",
     "pad_left",
+    "scale_adapter",
+    "shardings",
 ]

@@ -1,4 +1,4 @@
-"""A Mistral decoder in Flax NNX, its layers stacked and scanned.
+"""One decoder for every family, in Flax NNX, its layers stacked and scanned.
 
 Modules live in this file; everywhere else parameters are a plain nested dict,
 matrices [out, in] as in PyTorch and in the files of Hugging Face:
@@ -8,13 +8,19 @@ matrices [out, in] as in PyTorch and in the files of Hugging Face:
   layers/attention/q            [layers, heads * head_dim, embed]
   layers/attention/{k, v}       [layers, kv_heads * head_dim, embed]
   layers/attention/o            [layers, embed, heads * head_dim]
+  layers/attention/q_bias, ...  [layers, heads * head_dim]; with qkv_bias
+  layers/attention/{q, k}_norm  [layers, head_dim]; with qk_norm
+  layers/attention_post_norm    [layers, embed]; with post_norms
   layers/mlp_norm               [layers, embed]
+  layers/mlp_post_norm          [layers, embed]; with post_norms
   layers/mlp/{gate, up}         [layers, mlp, embed]
   layers/mlp/down               [layers, embed, mlp]
   final_norm                    [embed]
   head                          [vocab, embed]; absent when it is tied
 
-A. Q. Jiang et al., Mistral 7B, arXiv 2310.06825.
+A. Q. Jiang et al., Mistral 7B, arXiv 2310.06825. Llama Team, The Llama 3 Herd
+of Models, arXiv 2407.21783. Qwen Team, arXiv 2407.10671 and 2505.09388. Gemma
+Team, arXiv 2408.00118 and 2503.19786.
 """
 
 import dataclasses
@@ -24,13 +30,59 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Rope:
+  """The wavelengths of a rotary position embedding.
+
+  `linear` divides every frequency by `factor` (S. Chen et al., arXiv
+  2306.15595); `llama3` divides those whose wavelength exceeds
+  `original_positions / low_frequency_factor`, keeps those below
+  `original_positions / high_frequency_factor` and blends in between.
+  """
+
+  theta: float = 10_000.0
+  scaling: str = "default"  # Or "linear", "llama3".
+  factor: float = 1.0
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  original_positions: int = 8192
+
+  def frequencies(self, head_dim: int) -> np.ndarray:
+    """[head_dim // 2] float32, radians a position; rounded as in PyTorch."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    plain = 1 / np.float32(self.theta) ** exponents
+    if self.scaling == "default":
+      return plain
+    if self.scaling == "linear":
+      return plain / np.float32(self.factor)
+    turns = self.original_positions * plain / (2 * np.pi)
+    low, high = self.low_frequency_factor, self.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """The shape of a decoder; hashable, a static argument of jitted functions."""
+  """The shape of a decoder; hashable, a static argument of jitted functions.
+
+  Attributes:
+    family: whose names it has on disk (`convert`); the block does not read it.
+    local_rope: of the layers with a window; None: `rope` too.
+    unit_offset_norms: norms scale by 1 + w instead of w.
+    post_norms: attention and MLP are normed before they are added, too.
+    activation: of the gate, `silu` or `gelu_tanh`.
+    scaled_embedding: embeddings are multiplied by sqrt(embed).
+    query_scale: attention divides by its root; None: head_dim.
+    attention_softcap: c tanh(x / c) on attention logits; None: no cap.
+    logit_softcap: the same on the model's logits.
+    window: how many tokens, itself included, a token sees in `local` layers.
+    local: for each layer whether it has the window; empty: none has.
+  """
 
   vocab_size: int
   embed: int
@@ -39,29 +91,53 @@ class DecoderConfig:
   kv_heads: int
   head_dim: int
   mlp: int
-  rope_theta: float = 10_000.0
+  family: str = "mistral"
+  rope: Rope = Rope()
+  local_rope: Rope | None = None
   norm_eps: float = 1e-5
+  unit_offset_norms: bool = False
+  post_norms: bool = False
+  qk_norm: bool = False
+  qkv_bias: bool = False
+  activation: str = "silu"
+  scaled_embedding: bool = False
+  query_scale: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  window: int | None = None
+  local: tuple[bool, ...] = ()
   tied_head: bool = False
   max_positions: int = 4096
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+    x: jax.Array, scale: jax.Array, eps: float, unit_offset: bool = False
+) -> jax.Array:
   """[..., embed] normalised by its root mean square, in float32 inside.
 
   B. Zhang, R. Sennrich, Root Mean Square Layer Normalization, 2019.
   """
   wide = x.astype(jnp.float32)
   wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+  if unit_offset:  # Gemma rounds after the product, Llama before it.
+    return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
   return wide.astype(x.dtype) * scale
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def _angles(rope: Rope, head_dim: int, positions: jax.Array):
+  """(cosines, sines), both [batch, seq, 1, head_dim // 2] float32."""
+  frequencies = jnp.asarray(rope.frequencies(head_dim))
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotary position embedding in the half-split layout of Hugging Face.
 
   Args:
     x: [batch, seq, heads, head_dim].
-    positions: [batch, seq] int32.
-    theta: base of the wavelengths.
+    cos: [batch, seq, 1, head_dim // 2] float32.
+    sin: likewise.
 
   Returns:
     Like `x`.
@@ -69,13 +145,44 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
   References:
     J. Su et al., RoFormer, arXiv 2104.09864.
   """
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None].astype(jnp.float32) * frequencies
-  sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
   left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = (left * cos - right * sin, right * cos + left * sin)
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+  """Grouped-query attention (J. Ainslie et al., arXiv 2305.13245).
+
+  Args:
+    q: [batch, seq, heads, head_dim].
+    k: [batch, keys, kv_heads, head_dim].
+    v: like `k`.
+    mask: [batch, 1, seq, keys] bool, true where a query sees a key.
+    scale: of the logits.
+    softcap: see `DecoderConfig`.
+
+  Returns:
+    Like `q`.
+  """
+  if softcap is None:
+    # Inside, it takes the logits from bfloat16 to float32 by promotion.
+    with jax.numpy_dtype_promotion("standard"):
+      return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+  groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+  logits = scale * jnp.einsum(
+      "bqhgd,bkhd->bhgqk", groups, k, preferred_element_type=jnp.float32
+  )
+  logits = softcap * jnp.tanh(logits / softcap)
+  logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum("bhgqk,bkhd->bqhgd", weights, v).reshape(q.shape)
 
 
 def _linear(x, weight, lora):
@@ -93,8 +200,12 @@ def _matrix(rngs, outputs, inputs):
   )
 
 
+def _norm_scale(config, size=None):
+  value = jnp.zeros if config.unit_offset_norms else jnp.ones
+  return nnx.Param(value(size or config.embed))
+
+
 class Attention(nnx.Module):
-  """Grouped-query attention (J. Ainslie et al., arXiv 2305.13245)."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -104,16 +215,27 @@ class Attention(nnx.Module):
     self.k = _matrix(rngs, keys, d)
     self.v = _matrix(rngs, keys, d)
     self.o = _matrix(rngs, d, queries)
+    if config.qkv_bias:
+      self.q_bias = nnx.Param(jnp.zeros(queries))
+      self.k_bias = nnx.Param(jnp.zeros(keys))
+      self.v_bias = nnx.Param(jnp.zeros(keys))
+    if config.qk_norm:
+      self.q_norm = _norm_scale(config, config.head_dim)
+      self.k_norm = _norm_scale(config, config.head_dim)
 
-  def __call__(self, x, positions, mask, lora, cache):
+  def __call__(self, x, mask, cos, sin, lora, cache):
     """See `Decoder.__call__`; `cache` is (keys, values, layer, start)."""
     c, lora = self.config, lora or {}
-    heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
-    q = heads(_linear(x, self.q[...], lora.get("q")))
-    k = heads(_linear(x, self.k[...], lora.get("k")))
-    v = heads(_linear(x, self.v[...], lora.get("v")))
-    q = rotate(q, positions, c.rope_theta)
-    k = rotate(k, positions, c.rope_theta)
+    q = _linear(x, self.q[...], lora.get("q"))
+    k = _linear(x, self.k[...], lora.get("k"))
+    v = _linear(x, self.v[...], lora.get("v"))
+    if c.qkv_bias:
+      q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+    q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (q, k, v))
+    if c.qk_norm:
+      q = rms_norm(q, self.q_norm[...], c.norm_eps, c.unit_offset_norms)
+      k = rms_norm(k, self.k_norm[...], c.norm_eps, c.unit_offset_norms)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if cache is not None:
       keys, values, layer, start = cache
       at = (layer, 0, start, 0, 0)
@@ -122,45 +244,59 @@ class Attention(nnx.Module):
       k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
       v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
       cache = keys, values
-    # Inside, it takes the logits from bfloat16 to float32 by promotion.
-    with jax.numpy_dtype_promotion("standard"):
-      y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    scale = (c.query_scale or c.head_dim) ** -0.5
+    y = attend(q, k, v, mask, scale, c.attention_softcap)
     y = y.reshape(*y.shape[:2], -1)
     return _linear(y, self.o[...], lora.get("o")), cache
 
 
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
 class Mlp(nnx.Module):
-  """SwiGLU (N. Shazeer, arXiv 2002.05202)."""
+  """A gated MLP (N. Shazeer, arXiv 2002.05202)."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.config = config
     self.gate = _matrix(rngs, config.mlp, config.embed)
     self.up = _matrix(rngs, config.mlp, config.embed)
     self.down = _matrix(rngs, config.embed, config.mlp)
 
   def __call__(self, x, lora):
     lora = lora or {}
-    gate = jax.nn.silu(_linear(x, self.gate[...], lora.get("gate")))
+    activate = _ACTIVATIONS[self.config.activation]
+    gate = activate(_linear(x, self.gate[...], lora.get("gate")))
     up = _linear(x, self.up[...], lora.get("up"))
     return _linear(gate * up, self.down[...], lora.get("down"))
 
 
 class Block(nnx.Module):
-  """One pre-norm layer."""
+  """One layer: attention and MLP, each normed before, or before and after."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.attention_norm = nnx.Param(jnp.ones(config.embed))
+    self.attention_norm = _norm_scale(config)
     self.attention = Attention(config, rngs=rngs)
-    self.mlp_norm = nnx.Param(jnp.ones(config.embed))
+    self.mlp_norm = _norm_scale(config)
     self.mlp = Mlp(config, rngs=rngs)
+    if config.post_norms:
+      self.attention_post_norm = _norm_scale(config)
+      self.mlp_post_norm = _norm_scale(config)
 
-  def __call__(self, x, positions, mask, lora, cache):
-    eps, lora = self.config.norm_eps, lora or {}
-    y = rms_norm(x, self.attention_norm[...], eps)
-    y, cache = self.attention(y, positions, mask, lora.get("attention"), cache)
-    x += y
-    y = rms_norm(x, self.mlp_norm[...], eps)
-    return x + self.mlp(y, lora.get("mlp")), cache
+  def __call__(self, x, mask, cos, sin, lora, cache):
+    c, lora = self.config, lora or {}
+    norm = lambda y, scale: rms_norm(
+        y, scale[...], c.norm_eps, c.unit_offset_norms
+    )
+    y = norm(x, self.attention_norm)
+    y, cache = self.attention(y, mask, cos, sin, lora.get("attention"), cache)
+    x += norm(y, self.attention_post_norm) if c.post_norms else y
+    y = self.mlp(norm(x, self.mlp_norm), lora.get("mlp"))
+    x += norm(y, self.mlp_post_norm) if c.post_norms else y
+    return x, cache
 
 
 class Decoder(nnx.Module):
@@ -180,7 +316,7 @@ class Decoder(nnx.Module):
         )
     )
     self.layers = stack(rngs)
-    self.final_norm = nnx.Param(jnp.ones(config.embed))
+    self.final_norm = _norm_scale(config)
     if not config.tied_head:
       self.head = _matrix(rngs, config.vocab_size, config.embed)
 
@@ -202,31 +338,54 @@ class Decoder(nnx.Module):
     Returns:
       ([batch, seq, embed], cache), the cache as (keys, values) or None.
     """
+    c = self.config
     graph, layers = nnx.split(self.layers)
+    context = self._contexts(positions, mask, cache[2] if cache else 0)
 
     def body(carry, xs):
       x, kv = carry
       layer, state, lora = xs
       at = None if kv is None else (*kv, layer, cache[2])
-      return nnx.merge(graph, state)(x, positions, mask, lora, at), None
+      return nnx.merge(graph, state)(x, *context(layer), lora, at), None
 
     if remat:
       body = jax.checkpoint(body)
     xs = (
-        jnp.arange(self.config.layers),
+        jnp.arange(c.layers),
         layers,
         None if lora is None else lora["layers"],
     )
     x = self.embed[...][tokens]
+    if c.scaled_embedding:
+      x *= jnp.asarray(c.embed**0.5, x.dtype)
     (x, kv), _ = jax.lax.scan(
         body, (x, None if cache is None else cache[:2]), xs
     )
-    return rms_norm(x, self.final_norm[...], self.config.norm_eps), kv
+    x = rms_norm(x, self.final_norm[...], c.norm_eps, c.unit_offset_norms)
+    return x, kv
+
+  def _contexts(self, positions, mask, start):
+    """layer -> (mask, cosines, sines); `start` is the first query's slot."""
+    c = self.config
+    full = (mask, *_angles(c.rope, c.head_dim, positions))
+    if not any(c.local):
+      return lambda layer: full
+    queries = start + jnp.arange(mask.shape[2])[:, None]
+    near = jnp.arange(mask.shape[3]) > queries - c.window
+    rope = c.local_rope or c.rope
+    local = (mask & near, *_angles(rope, c.head_dim, positions))
+    if all(c.local):
+      return lambda layer: local
+    is_local = jnp.array(c.local)
+    return lambda layer: jax.tree.map(
+        functools.partial(jnp.where, is_local[layer]), local, full
+    )
 
   def logits(self, hidden):
     """[..., embed] -> [..., vocab] in the dtype of `hidden`."""
     head = self.embed if self.config.tied_head else self.head
-    return hidden @ head[...].T
+    y, cap = hidden @ head[...].T, self.config.logit_softcap
+    return y if cap is None else cap * jnp.tanh(y / cap)
 
 
 @functools.cache
@@ -255,6 +414,19 @@ def _init(config: DecoderConfig, key: jax.Array) -> Params:
 def bind(config: DecoderConfig, params: Params) -> Decoder:
   """The module over `params`."""
   return nnx.merge(_graph(config)[0], params)
+
+
+def scale_adapter(adapter: Params, scale: float) -> Params:
+  """A LoRA adapter with `b` times `scale`, as `forward` takes it.
+
+  Args:
+    adapter: {"layers": {"attention": {"q": {"a": [layers, rank, in],
+      "b": [layers, out, rank]}, ...}, "mlp": ...}}.
+    scale: alpha / rank.
+  """
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, adapter
+  )
 
 
 def causal_mask(segments: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def generate(
     temperature: jax.Array,
     *,
     max_new_tokens: int,
-    eos: int,
+    eos: tuple[int, ...],
     lora: decoder.Params | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Continues each prompt until EOS or `max_new_tokens`.
@@ -56,11 +56,11 @@ def generate(
     keys: [batch] PRNG keys, one a row.
     temperature: scalar float32; 0 is greedy.
     max_new_tokens: tokens to write at most.
-    eos: the token that ends a row.
+    eos: the tokens that end a row; at least one.
     lora: see `decoder.Decoder.__call__`.
 
   Returns:
-    (tokens [batch, max_new_tokens] int32 with `eos` from the end on,
+    (tokens [batch, max_new_tokens] int32, filled up with `eos[0]`,
      finished [batch] bool, false where the limit cut the row).
   """
   model = decoder.bind(config, params)
@@ -112,9 +112,9 @@ def generate(
 
   def advance(state):
     step, tokens, done, logits, cache = state
-    token = jnp.where(done, eos, choose(step, logits))
+    token = jnp.where(done, eos[0], choose(step, logits))
     tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
-    done |= token == eos
+    done |= jnp.isin(token, jnp.array(eos, jnp.int32))
     hidden, cache = model(
         token[:, None],
         (position + 1 + step)[:, None],
@@ -124,7 +124,7 @@ def generate(
     )
     return step + 1, tokens, done, model.logits(hidden[:, 0]), cache
 
-  tokens = jnp.full((batch, max_new_tokens), eos, jnp.int32)
+  tokens = jnp.full((batch, max_new_tokens), eos[0], jnp.int32)
   done = jnp.zeros(batch, bool)
   _, tokens, done, *_ = jax.lax.while_loop(
       unfinished, advance, (jnp.int32(0), tokens, done, logits, cache)

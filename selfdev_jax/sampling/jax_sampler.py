@@ -40,10 +40,20 @@ class JaxSampler:
       decoder: models.DecoderConfig,
       tokenizer: transformers.PreTrainedTokenizerBase,
       batch_size: int,
+      eos: tuple[int, ...] | None = None,
   ):
+    """Takes what the weights do not say.
+
+    Args:
+      decoder: the model's shape.
+      tokenizer: its tokenizer.
+      batch_size: rows generated at once.
+      eos: the tokens that end a text; None: the tokenizer's one.
+    """
     self._decoder = decoder
     self._tokenizer = tokenizer
     self._batch_size = batch_size
+    self._eos = eos or (tokenizer.eos_token_id,)
     self._params = self._lora = None
 
   def swap_weights(
@@ -54,7 +64,7 @@ class JaxSampler:
 
   def generate(
       self,
-      prompts: Sequence[str],
+      prompts: Sequence[str | list[int]],
       keys: jax.Array | None = None,
       *,
       max_new_tokens: int,
@@ -63,7 +73,8 @@ class JaxSampler:
     """Yields one list a batch, in the order of `prompts`.
 
     Args:
-      prompts: texts; where all are equal the prompt is read once a batch.
+      prompts: texts, or the tokens of texts; where all are equal the prompt is
+        read once a batch.
       keys: [len(prompts)] PRNG keys; None only when greedy.
       max_new_tokens: tokens to write at most.
       temperature: 0 is greedy.
@@ -71,7 +82,10 @@ class JaxSampler:
     Raises:
       UserError: if prompt and completion do not fit the model's context.
     """
-    rows = [self._tokenizer.encode(prompt) for prompt in prompts]
+    rows = [
+        self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
     longest = max(map(len, rows))
     length = slots(longest)
     if length + max_new_tokens > self._decoder.max_positions:
@@ -82,7 +96,7 @@ class JaxSampler:
       )
     if keys is None:
       keys = jnp.broadcast_to(jax.random.key(0), len(rows))
-    shared = len(set(prompts)) == 1
+    shared = all(row == rows[0] for row in rows)
     for start in range(0, len(rows), self._batch_size):
       batch = rows[start : start + self._batch_size]
       # A last, smaller batch is filled up: another shape would compile anew.
@@ -98,16 +112,15 @@ class JaxSampler:
           keys[index],
           np.float32(temperature),
           max_new_tokens=max_new_tokens,
-          eos=self._tokenizer.eos_token_id,
+          eos=self._eos,
           lora=self._lora,
       )
       yield self._decode(np.asarray(tokens), np.asarray(finished), len(batch))
 
   def _decode(self, tokens, finished, n) -> list[Generation]:
-    eos = self._tokenizer.eos_token_id
     generations = []
     for row, done in zip(tokens[:n], finished[:n], strict=True):
-      ends = np.flatnonzero(row == eos)
+      ends = np.flatnonzero(np.isin(row, self._eos))
       text = self._tokenizer.decode(row[: ends[0]] if len(ends) else row)
       generations.append(Generation(text, bool(done)))
     return generations

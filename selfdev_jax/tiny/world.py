@@ -117,7 +117,7 @@ def train(world: config_lib.World, prompt: str, directory: pathlib.Path):
       max_positions=1024,
   )
   save = functools.partial(
-      convert.save, config=decoder, tokenizer=directory / "tokenizer"
+      convert.save, config=decoder, like=directory / "tokenizer"
   )
   seed_params = fit(
       decoder,

@@ -50,8 +50,8 @@ def test_scope_mlp_leaves_the_rest_the_bases():
 
 
 def test_leaf_kinds_by_scope():
-  assert merging.leaf_shapes(_tree(0), "mlp") == [(8, 12), (12, 8)]
-  assert merging.leaf_shapes(_tree(0), "all") == [
+  assert merging.leaf_shapes(_tree(0), [_tree(1)], "mlp") == [(8, 12), (12, 8)]
+  assert merging.leaf_shapes(_tree(0), [_tree(1)], "all") == [
       (4, 8),
       (8,),
       (8, 8),
@@ -72,7 +72,7 @@ def test_a_sweep_compiles_each_leaf_kind_once():
   for scale in (0.1, 0.2, 0.3):
     merging.merge(merging.constant(counted, [scale]), base, [expert], "all")
   # Norms are vmapped over layers, but the final one has none: traced apart.
-  kinds = merging.leaf_shapes(base, "all")
+  kinds = merging.leaf_shapes(base, [base], "all")
   assert sorted(traces) == sorted([*kinds, (8,)])
 
 

@@ -1,0 +1,217 @@
+"""Tensors in safetensors files: read in place, written aligned.
+
+A file is eight bytes of length, a JSON header, and the tensors' bytes without
+a gap (https://huggingface.co/docs/safetensors). XLA uses a host buffer as it
+is where it starts at a multiple of 64 bytes, so the header is padded to that,
+and the tensors of one leaf follow each other: a leaf of many layers can then be
+used straight from the page cache.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from selfdev_jax.convert.error import ConvertError
+
+ALIGNMENT = 64
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor where it lies in its file.
+
+  Attributes:
+    path: the file.
+    name: the tensor's.
+    dtype: as the file spells it: F32, BF16, ...
+    shape: its shape.
+    file: the whole file's bytes, mapped, uint8.
+    begin: of its bytes in the file.
+    end: likewise.
+  """
+
+  path: pathlib.Path
+  name: str
+  dtype: str
+  shape: tuple[int, ...]
+  file: np.ndarray = dataclasses.field(repr=False)
+  begin: int
+  end: int
+
+  @property
+  def data(self) -> np.ndarray:
+    """Its bytes, a view of the file."""
+    return self.file[self.begin : self.end]
+
+
+def read(path: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of a file by name; nothing of them is read yet.
+
+  Raises:
+    ConvertError: if the file is missing, cut or malformed.
+  """
+  try:
+    # The library checks the header: sizes, no gaps, nothing behind the end.
+    with safetensors.safe_open(path, framework="numpy"):
+      file = np.asarray(np.memmap(path, np.uint8, mode="r"))
+  except (safetensors.SafetensorError, OSError, ValueError) as error:
+    raise ConvertError(
+        f"{path} cannot be read: {error}; it may be cut short: fetch it again"
+    ) from None
+  start = 8 + int(file[:8].view("<u8")[0])
+  header = json.loads(bytes(file[8:start]))
+  header.pop("__metadata__", None)
+  tensors = {}
+  for name, entry in header.items():
+    begin, end = (start + offset for offset in entry["data_offsets"])
+    tensors[name] = Tensor(
+        path,
+        name,
+        entry["dtype"],
+        tuple(entry["shape"]),
+        file,
+        begin,
+        end,
+    )
+  return tensors
+
+
+class Leaf:
+  """A leaf of the parameters that still lies in its files.
+
+  Indexing gives what that part of the leaf holds, as a view of the file where
+  the layers lie one behind the other, else gathered into an aligned buffer.
+
+  Attributes:
+    shape: [layers, ...], or a tensor's own where there is one tensor.
+    dtype: float32, bfloat16 or float16.
+  """
+
+  def __init__(self, tensors: Sequence[Tensor], stacked: bool):
+    first = tensors[0]
+    self.dtype = _DTYPES[first.dtype]
+    self.shape = (len(tensors), *first.shape) if stacked else first.shape
+    self._stacked = stacked
+    self._tensors = tensors
+    self._whole = _joined(tensors)
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    """`index` is a slice for each dimension."""
+    if self._whole is not None:
+      return self._whole.view(self.dtype).reshape(self.shape)[index]
+    layers, inner = slice(None), index
+    if self._stacked:
+      layers, *inner = index
+    extents = zip(index, self.shape, strict=True)
+    buffer = _aligned_empty(
+        [len(range(*part.indices(size))) for part, size in extents], self.dtype
+    )
+    rows = buffer if self._stacked else buffer[None]
+    for row, tensor in zip(rows, self._tensors[layers], strict=True):
+      data = tensor.data
+      if tensor.begin % self.dtype.itemsize:  # No view of misplaced floats.
+        data = data.copy()
+      row[...] = data.view(self.dtype).reshape(tensor.shape)[tuple(inner)]
+    return buffer
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return np.array(self[(slice(None),) * len(self.shape)], dtype, copy=copy)
+
+
+def _joined(tensors: Sequence[Tensor]) -> np.ndarray | None:
+  """The bytes of all, where they are aligned and one behind the other."""
+  first, last = tensors[0], tensors[-1]
+  for left, right in itertools.pairwise(tensors):
+    if left.file is not right.file or left.end != right.begin:
+      return None
+  return None if first.begin % ALIGNMENT else first.file[first.begin : last.end]
+
+
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  size = dtype.itemsize * math.prod(shape)
+  raw = np.empty(size + ALIGNMENT, np.uint8)
+  start = -raw.ctypes.data % ALIGNMENT
+  return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def put(leaf: Leaf, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+  """The leaf on its devices, each shard read on its own.
+
+  On a CPU nothing is copied that lies aligned in its file or was gathered into
+  a buffer: the array holds on to it. Such an array must not be donated.
+  """
+  if sharding is None:
+    whole = leaf[(slice(None),) * len(leaf.shape)]
+    return jax.device_put(whole, may_alias=True)
+  indices = sharding.addressable_devices_indices_map(leaf.shape)
+  shards = [
+      jax.device_put(leaf[index], device, may_alias=True)
+      for device, index in indices.items()
+  ]
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def write(path: pathlib.Path, leaves: Iterable[tuple[list[str], Any, bool]]):
+  """Writes leaves one after the other, each whole leaf in memory only once.
+
+  Args:
+    path: the file.
+    leaves: (names, array, stacked): one name, or where it is stacked the names
+      of `array[0]`, `array[1]`, ...; the array is anything with `shape`,
+      `dtype` and `__array__`.
+
+  Raises:
+    OSError: if the disk is full or the directory not writable.
+  """
+  # What could put those behind it out of line comes last.
+  leaves = sorted(leaves, key=lambda leaf: nbytes(leaf[1]) % ALIGNMENT != 0)
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for names, leaf, stacked in leaves:
+    size = nbytes(leaf) // len(names)
+    for name in names:
+      header[name] = {
+          "dtype": _CODES[np.dtype(leaf.dtype)],
+          "shape": list(leaf.shape[1:] if stacked else leaf.shape),
+          "data_offsets": [end, end + size],
+      }
+      end += size
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-(8 + len(text)) % ALIGNMENT)
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, leaf, _ in leaves:
+      value = np.ascontiguousarray(np.asarray(leaf))
+      file.write(value.reshape(-1).view(np.uint8).data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def nbytes(leaf: Any) -> int:
+  return np.dtype(leaf.dtype).itemsize * math.prod(leaf.shape)
+
+
+def check_dtype(tensor: Tensor):
+  """Asserts that it is one of the floats that parameters have."""
+  if tensor.dtype not in _DTYPES:
+    raise ConvertError(
+        f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}; supported:"
+        f" {', '.join(_DTYPES)}"
+    )

@@ -1,0 +1,46 @@
+"""Where the parameters lie on a mesh of devices."""
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from selfdev_jax.models.decoder import abstract_params
+from selfdev_jax.models.decoder import DecoderConfig
+from selfdev_jax.models.decoder import Params
+
+FSDP, TENSOR = "fsdp", "tensor"
+
+# The last key of a path -> axes of its last dimensions. What is computed from
+# the residual stream is cut by its outputs, what adds to it by its inputs
+# (M. Shoeybi et al., Megatron-LM, arXiv 1909.08053).
+_AXES = {
+    # On both axes, XLA would rematerialise it whole at the gather.
+    "embed": (TENSOR, None),
+    "head": (TENSOR, FSDP),
+    **dict.fromkeys(("q", "k", "v", "gate", "up"), (TENSOR, FSDP)),
+    **dict.fromkeys(("o", "down"), (FSDP, TENSOR)),
+    **dict.fromkeys(("q_bias", "k_bias", "v_bias"), (TENSOR,)),
+}
+
+
+def shardings(config: DecoderConfig, mesh: Mesh) -> Params:
+  """A `NamedSharding` for each leaf of the parameters.
+
+  Args:
+    config: the decoder's shape.
+    mesh: with an axis `fsdp`, `tensor`, or both; on other axes everything is
+      replicated, and so is along an axis what that axis does not divide.
+  """
+
+  def place(path, leaf):
+    axes = _AXES.get(path[-1].key, ())
+    sizes = leaf.shape[leaf.ndim - len(axes) :]
+    spec = [
+        axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, sizes, strict=True)
+    ]
+    leading = [None] * (leaf.ndim - len(axes))
+    return NamedSharding(mesh, PartitionSpec(*leading, *spec))
+
+  return jax.tree_util.tree_map_with_path(place, abstract_params(config))
