@@ -82,11 +82,11 @@ def run(
   Raises:
     UserError: for models, configs or workdirs that do not fit, in one line.
   """
+  check(config)
   paths = {
       name: convert.resolve((directories or {}).get(name, name))
       for name in (config.seed_model, *config.experts)
   }
-  check(config)
   with store_lib.lock(workdir):
     loaded = _load(config, paths)
     _check_lengths(config, loaded)

@@ -23,17 +23,23 @@ jax.config.update("jax_disable_most_optimizations", True)
 def random_params():
   """make(config) -> NumPy parameters; `models.init_params` compiles for 3 s.
 
-  The norms' scales are random too, which an initial model's are not.
+  The norms' scales and biases are random too, which an initial model's are
+  not.
   """
   from selfdev_jax import models
 
   def make(config):
     rng = np.random.default_rng(0)
 
+    middle = 0.0 if config.unit_offset_norms else 1.0
+
     def draw(path, leaf):
-      if path[-1].key.endswith("norm"):
-        return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-      std = leaf.shape[-1] ** -0.5 if path[0].key != "embed" else 0.5
+      name = path[-1].key
+      if name.endswith("norm"):
+        scale = rng.uniform(middle - 0.5, middle + 0.5, leaf.shape)
+        return scale.astype(np.float32)
+      fan_in = leaf.shape[-1]
+      std = 0.5 if name == "embed" or "bias" in name else fan_in**-0.5
       return rng.normal(0.0, std, leaf.shape).astype(np.float32)
 
     abstract = models.abstract_params(config)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from selfdev_jax import config as config_lib
+from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import loop
 from selfdev_jax import merging
@@ -222,3 +223,17 @@ def test_a_config_that_cannot_run_is_told_before_anything_is_loaded(
   with pytest.raises(errors.UserError, match=message):
     loop.run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_an_expert_of_another_vocabulary_is_told(tmp_path, monkeypatch, capsys):
+  small = dataclasses.replace(_DECODER, vocab_size=298)
+  for name, decoder in (("seed", _DECODER), ("a", small), ("b", _DECODER)):
+    convert.save(tmp_path / name, decoder, models.init_params(decoder, 0))
+  monkeypatch.setattr(convert, "load_tokenizer", lambda directory: _Words())
+  config = dataclasses.replace(_CONFIG, merge=config_lib.Merge(scope="all"))
+  loaded = loop._load(config, {n: tmp_path / n for n in ("seed", "a", "b")})
+  assert loaded.experts["a"]["embed"].shape == (298, 8)
+  assert (
+      "Note: expert a has 298 rows of vocabulary, the seed model 300: the first"
+      " 298 are merged" in capsys.readouterr().err
+  )

@@ -1,5 +1,6 @@
 """LoRA adapters under PEFT's names and in its orientation."""
 
+from collections.abc import Iterator
 import dataclasses
 import os
 import pathlib
@@ -178,7 +179,7 @@ def apply_adapter(params: models.Params, adapter: Adapter) -> models.Params:
 
   Returns:
     The same tree; what the adapter leaves alone is the leaf that was given,
-    the others are `Applied`: computed when they are asked for.
+    the others are `Lazy`: computed when they are asked for.
   """
 
   def apply(path, leaf):
@@ -186,33 +187,23 @@ def apply_adapter(params: models.Params, adapter: Adapter) -> models.Params:
       factors = hf.get_path(adapter.params, "/".join(k.key for k in path))
     except KeyError:
       return leaf
-    return Applied(leaf, factors["a"], factors["b"], adapter.scale)
+    return _Applied(leaf, factors["a"], factors["b"], adapter.scale)
 
   return jax.tree_util.tree_map_with_path(apply, params)
 
 
-@dataclasses.dataclass(frozen=True)
-class Applied:
-  """A matrix of each layer with its update, computed by `np.asarray`."""
+class _Applied(files.Lazy):
+  """A matrix of each layer with its update."""
 
-  leaf: Any
-  a: np.ndarray
-  b: np.ndarray
-  scale: float
+  def __init__(self, leaf: Any, a: np.ndarray, b: np.ndarray, scale: float):
+    self.shape, self.dtype = leaf.shape, np.dtype(leaf.dtype)
+    self._leaf, self._a, self._b, self._scale = leaf, a, b, scale
 
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.leaf.shape
-
-  @property
-  def dtype(self) -> np.dtype:
-    return self.leaf.dtype
-
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    merged = np.array(self.leaf, copy=True)
-    for layer, a, b in zip(merged, self.a, self.b, strict=True):
-      layer[...] = _merge(layer, a, b, self.scale)
-    return np.array(merged, dtype, copy=copy)
+  def tensors(self) -> Iterator[np.ndarray]:
+    leaf = self._leaf
+    layers = leaf.tensors() if isinstance(leaf, files.Lazy) else leaf
+    for matrix, a, b in zip(layers, self._a, self._b, strict=True):
+      yield np.asarray(_merge(matrix, a, b, self._scale))
 
 
 @jax.jit

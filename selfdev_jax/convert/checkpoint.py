@@ -4,48 +4,60 @@ A checkpoint is a directory with `params/`, Orbax's, and `hf/`, which is what a
 Hugging Face directory holds beside its weights.
 """
 
-import dataclasses
+from collections.abc import Iterator
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+import tensorstore
 
 from selfdev_jax import models
 from selfdev_jax import progress
+from selfdev_jax.convert import files
 from selfdev_jax.convert import hf
 from selfdev_jax.convert.error import ConvertError
 
 _PARAMS, _SETTINGS = "params", "hf"
-# Large enough to write fast, small enough that a shard reads little else.
-_CHUNK_BYTES = 32 * 2**20
+# Large enough to read fast, small enough that a shard reads little else.
+_CHUNK_BYTES = 16 * 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedLeaf:
-  """A leaf that still lies in its checkpoint; `np.asarray` reads it."""
+class SavedLeaf(files.Lazy):
+  """A leaf that still lies in its checkpoint."""
 
-  checkpoint: pathlib.Path
-  path: str
-  shape: tuple[int, ...]
-  dtype: np.dtype
+  def __init__(self, checkpoint: pathlib.Path, path: str, shape, dtype):
+    self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+    self._checkpoint, self._path = checkpoint, path
 
   def read(self, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
     """The leaf on its devices; None: on the first."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
     wanted: models.Params = {}
-    hf.set_path(
-        wanted,
-        self.path,
-        jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding),
-    )
+    hf.set_path(wanted, self._path, abstract)
     with _context():
-      return hf.get_path(ocp.load(self.checkpoint, wanted), self.path)
+      return hf.get_path(ocp.load(self._checkpoint, wanted), self._path)
 
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    return np.array(self.read(), dtype, copy=copy)
+  def tensors(self) -> Iterator[np.ndarray]:
+    # Orbax reads whole arrays; the store under it reads a layer of one.
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": f"file://{self._checkpoint / 'state'}/",
+            "path": self._path.replace("/", ".") + "/",
+        },
+    }
+    array = tensorstore.open(spec, open=True, read=True).result()
+    if not hf.is_stacked(self._path):
+      yield array.read().result()
+      return
+    for layer in range(self.shape[0]):
+      yield array[layer].read().result()
 
 
 def _context() -> ocp.Context:
@@ -53,6 +65,9 @@ def _context() -> ocp.Context:
   # Weights are noise to a compressor: it would cost minutes for nothing.
   context.array.saving.use_compression = False
   context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+  # Cut between layers first, so that one can be read alone.
+  context.array.saving.storage_options.shard_axes = (0,)
+  context.memory.deepcopy_host_arrays = False
   context.pytree.loading.partial_load = True
   return context
 
@@ -86,11 +101,22 @@ def save_checkpoint(
     target = (new / _PARAMS).absolute()
     for path, leaf, _ in leaves:
       part: models.Params = {}
-      value = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-      hf.set_path(part, path, value)
+      hf.set_path(part, path, _whole(leaf, new))
       ocp.partial.save(target, part)
       shown.update()
     ocp.partial.finalize(target)
+
+
+def _whole(leaf: Any, scratch: pathlib.Path) -> jax.Array | np.ndarray:
+  """A leaf as Orbax wants it; a lazy one in pages that the system can evict."""
+  if not isinstance(leaf, files.Lazy):
+    return leaf
+  if leaf.is_mapped:
+    return np.asarray(leaf)
+  with tempfile.TemporaryFile(dir=scratch) as file:
+    mapped = np.memmap(file, leaf.dtype, shape=leaf.shape)
+  leaf.gather(mapped)
+  return np.asarray(mapped)
 
 
 def open_checkpoint(

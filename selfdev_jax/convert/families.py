@@ -126,7 +126,10 @@ FAMILIES = {
         _GEMMA_KEYS,
         _GEMMA_TRAITS | {"qk_norm": True},
         _GELU
-        | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+        | {
+            "use_bidirectional_attention": False,
+            "attn_logit_softcapping": None,
+        },
     ),
 }
 
@@ -156,7 +159,8 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
     )
   if hf.get("quantization_config"):
     raise ConvertError(
-        f"{where} is quantized; take the weights it was made from"
+        f"{where} is quantized (quantization_config); take the weights it was"
+        " made from"
     )
   family = FAMILIES[name]
   try:
@@ -169,7 +173,8 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
       raise ConvertError(
           f"{where} has {key} {hf[key]!r}; supported for {name}: {value!r}"
       )
-  fields = {field: hf[key] for field, key in family.keys.items()}
+  # Qwen2's configs have no head_dim, unless one was put in.
+  fields = {field: hf.get(key) for field, key in family.keys.items()}
   heads = fields["heads"]
   fields["kv_heads"] = fields["kv_heads"] or heads
   fields["head_dim"] = fields["head_dim"] or fields["embed"] // heads
@@ -179,8 +184,13 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
     rope = rope[_FULL]
   window = hf.get("sliding_window")
   # Mistral's configs have no types of layers: a window is on all of them.
-  default = [_LOCAL if "sliding_window" in hf else _FULL] * fields["layers"]
+  default = [_LOCAL if name == "mistral" else _FULL] * fields["layers"]
   types = hf.get("layer_types") or default
+  if not set(types) <= {_LOCAL, _FULL}:
+    raise ConvertError(
+        f"{where} has the layer_types {', '.join(sorted(set(types)))};"
+        f" supported: {_LOCAL}, {_FULL}"
+    )
   local = tuple(window is not None and kind == _LOCAL for kind in types)
   if any(local):
     fields |= {"window": window, "local": local}
@@ -190,9 +200,18 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
 
 
 def _read_rope(rope: dict[str, Any], where: str) -> models.Rope:
-  theta, scaling = float(rope["rope_theta"]), rope["rope_type"]
+  scaling = rope["rope_type"]
+  try:
+    theta = float(rope["rope_theta"])
+  except (TypeError, ValueError):
+    raise ConvertError(
+        f"{where} has the rope_theta {rope['rope_theta']!r}, not a number"
+    ) from None
   if rope.get("partial_rotary_factor", 1.0) != 1.0:
-    raise ConvertError(f"{where} rotates a part of each head: not supported")
+    raise ConvertError(
+        f"{where} rotates a part of each head (partial_rotary_factor): not"
+        " supported"
+    )
   if scaling == "default":
     return models.Rope(theta)
   if scaling == "linear":

@@ -7,7 +7,9 @@ and the tensors of one leaf follow each other: a leaf of many layers can then be
 used straight from the page cache.
 """
 
+import abc
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 import itertools
@@ -93,15 +95,44 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
   return tensors
 
 
-class Leaf:
-  """A leaf of the parameters that still lies in its files.
+class Lazy(abc.ABC):
+  """A leaf of the parameters that is read when it is asked for.
+
+  Whole, by `np.asarray`, or one tensor after the other where it may be too
+  large for that.
+
+  Attributes:
+    shape: [layers, ...], or a tensor's own where it has no layers.
+    dtype: float32, bfloat16 or float16.
+    is_mapped: whether `np.asarray` is a view of a file.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  is_mapped = False
+
+  @abc.abstractmethod
+  def tensors(self) -> Iterator[np.ndarray]:
+    """The tensors of its layers, or its one tensor."""
+
+  def gather(self, buffer: np.ndarray):
+    """Fills an array of its size, whatever shape that has."""
+    flat, start = buffer.reshape(-1), 0
+    for tensor in self.tensors():
+      flat[start : start + tensor.size] = tensor.reshape(-1)
+      start += tensor.size
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    buffer = _aligned_empty(self.shape, self.dtype)
+    self.gather(buffer)
+    return np.array(buffer, dtype, copy=copy)
+
+
+class Leaf(Lazy):
+  """A leaf that still lies in its files.
 
   Indexing gives what that part of the leaf holds, as a view of the file where
   the layers lie one behind the other, else gathered into an aligned buffer.
-
-  Attributes:
-    shape: [layers, ...], or a tensor's own where there is one tensor.
-    dtype: float32, bfloat16 or float16.
   """
 
   def __init__(self, tensors: Sequence[Tensor], stacked: bool):
@@ -111,6 +142,7 @@ class Leaf:
     self._stacked = stacked
     self._tensors = tensors
     self._whole = _joined(tensors)
+    self.is_mapped = self._whole is not None
 
   def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
     """`index` is a slice for each dimension."""
@@ -125,11 +157,17 @@ class Leaf:
     )
     rows = buffer if self._stacked else buffer[None]
     for row, tensor in zip(rows, self._tensors[layers], strict=True):
-      data = tensor.data
-      if tensor.begin % self.dtype.itemsize:  # No view of misplaced floats.
-        data = data.copy()
-      row[...] = data.view(self.dtype).reshape(tensor.shape)[tuple(inner)]
+      row[...] = self._value(tensor)[tuple(inner)]
     return buffer
+
+  def _value(self, tensor: Tensor) -> np.ndarray:
+    data = tensor.data
+    if tensor.begin % self.dtype.itemsize:  # No view of misplaced floats.
+      data = data.copy()
+    return data.view(self.dtype).reshape(tensor.shape)
+
+  def tensors(self) -> Iterator[np.ndarray]:
+    return map(self._value, self._tensors)
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.array(self[(slice(None),) * len(self.shape)], dtype, copy=copy)
@@ -155,7 +193,8 @@ def put(leaf: Leaf, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
   """The leaf on its devices, each shard read on its own.
 
   On a CPU nothing is copied that lies aligned in its file or was gathered into
-  a buffer: the array holds on to it. Such an array must not be donated.
+  a buffer: the array holds on to it. Donating such an array saves nothing, XLA
+  copies it.
   """
   if sharding is None:
     whole = leaf[(slice(None),) * len(leaf.shape)]
@@ -169,13 +208,12 @@ def put(leaf: Leaf, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
 
 
 def write(path: pathlib.Path, leaves: Iterable[tuple[list[str], Any, bool]]):
-  """Writes leaves one after the other, each whole leaf in memory only once.
+  """Writes leaves one after the other, lazy ones a tensor at a time.
 
   Args:
     path: the file.
     leaves: (names, array, stacked): one name, or where it is stacked the names
-      of `array[0]`, `array[1]`, ...; the array is anything with `shape`,
-      `dtype` and `__array__`.
+      of `array[0]`, `array[1]`, ...; the array may be a `Lazy` one.
 
   Raises:
     OSError: if the disk is full or the directory not writable.
@@ -198,8 +236,9 @@ def write(path: pathlib.Path, leaves: Iterable[tuple[list[str], Any, bool]]):
   with open(path, "wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for _, leaf, _ in leaves:
-      value = np.ascontiguousarray(np.asarray(leaf))
-      file.write(value.reshape(-1).view(np.uint8).data)
+      parts = leaf.tensors() if isinstance(leaf, Lazy) else [np.asarray(leaf)]
+      for part in parts:
+        file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     file.flush()
     os.fsync(file.fileno())
 

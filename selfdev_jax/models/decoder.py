@@ -55,12 +55,15 @@ class Rope:
   def frequencies(self, head_dim: int) -> np.ndarray:
     """[head_dim // 2] float32, radians a position; rounded as in PyTorch."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
-    plain = 1 / np.float32(self.theta) ** exponents
+    # NumPy's float32 power is off by more than a rounding; PyTorch's is not.
+    powers = np.power(self.theta, exponents, dtype=np.float64)
+    plain = 1 / powers.astype(np.float32)
     if self.scaling == "default":
       return plain
     if self.scaling == "linear":
       return plain / np.float32(self.factor)
-    turns = self.original_positions * plain / (2 * np.pi)
+    # PyTorch divides a number by a tensor as the product with its reciprocal.
+    turns = self.original_positions * (1 / (2 * np.pi * (1 / plain)))
     low, high = self.low_frequency_factor, self.high_frequency_factor
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32)
@@ -365,7 +368,7 @@ class Decoder(nnx.Module):
     return x, kv
 
   def _contexts(self, positions, mask, start):
-    """layer -> (mask, cosines, sines); `start` is the first query's slot."""
+    """Of a layer: (mask, cosines, sines); `start` is the first query's slot."""
     c = self.config
     full = (mask, *_angles(c.rope, c.head_dim, positions))
     if not any(c.local):

@@ -136,7 +136,7 @@ def test_bfloat16_logits_lose_little(params):
 def test_fresh_adapter_is_the_identity(params):
   tokens, is_completion = _rows()
   fresh = lora.init(jax.random.key(0), _DECODER, _RANK)
-  fresh = lora.scaled(fresh, _ALPHA, _RANK)
+  fresh = models.scale_adapter(fresh, _ALPHA / _RANK)
   np.testing.assert_array_equal(
       *(
           _completion_logps(_DECODER, params, adapter, tokens, is_completion)[0]
@@ -168,7 +168,7 @@ def test_init_is_pefts():
 
 def test_adapter_equals_merged_weights(params, adapter):
   tokens, _ = _rows()
-  scaled = lora.scaled(adapter, _ALPHA, _RANK)
+  scaled = models.scale_adapter(adapter, _ALPHA / _RANK)
   layers = dict(params["layers"])
   for group, matrices in adapter["layers"].items():
     layers[group] = {
@@ -189,13 +189,14 @@ def test_peft_loads_the_adapter(params, adapter, directory, tmp_path):
   convert.save_adapter(
       tmp_path / "adapter",
       adapter,
+      config=_DECODER,
       rank=_RANK,
       alpha=_ALPHA,
       base=str(directory),
   )
   base = _load(directory)
   model = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
-  scaled = lora.scaled(adapter, _ALPHA, _RANK)
+  scaled = models.scale_adapter(adapter, _ALPHA / _RANK)
   hidden = _forward(_DECODER, params, tokens, lora=scaled)
   with torch.no_grad():
     expected = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
@@ -206,5 +207,5 @@ def test_peft_loads_the_adapter(params, adapter, directory, tmp_path):
   plain = _forward(_DECODER, params, tokens)
   assert np.abs(np.asarray(hidden) - np.asarray(plain)).max() > 0.1
   loaded = convert.load_adapter(tmp_path / "adapter", _DECODER)
-  assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
-  jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+  assert loaded.scale == _ALPHA / _RANK
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, adapter)

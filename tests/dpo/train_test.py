@@ -169,7 +169,9 @@ def test_first_step_by_hand(params, start):
   is_completion[:, 4:] = True
 
   def loss_fn(adapter):
-    scaled = lora.scaled(adapter, _CONFIG.lora_alpha, _CONFIG.lora_rank)
+    scaled = models.scale_adapter(
+        adapter, _CONFIG.lora_alpha / _CONFIG.lora_rank
+    )
     sums, counts = logps_lib.completion_logps(
         _DECODER, params, scaled, tokens, is_completion
     )

@@ -110,3 +110,42 @@ def test_experts_of_another_shape_are_named():
   assert "expert bad does not fit seed model seed: layers/mlp/down" in message
   assert "(3, 8, 16) there and (3, 8, 12) in the seed" in message
   assert "\n" not in message
+
+
+def _with_rows(tree, rows):
+  """The tree with another number of rows in its vocabulary."""
+  resized = {
+      name: np.resize(np.asarray(tree[name]), (rows, 8))
+      for name in ("embed", "head")
+  }
+  return tree | resized
+
+
+@pytest.mark.parametrize(("rows", "shared"), [((9, 11), 9), ((14, 13), 11)])
+def test_of_another_vocabulary_the_shared_rows_are_merged(rows, shared):
+  base = _tree(0)
+  experts = [_with_rows(_tree(i + 1), n) for i, n in enumerate(rows)]
+  merging.check_experts(base, dict(enumerate(experts)), "seed")
+  shapes = merging.leaf_shapes(base, experts, "all")
+  assert {(n, 8) for n in (11, *rows)} & set(shapes) == {(shared, 8)}
+  merged, finite = merging.merge(
+      merging.constant(_norm_scaled, []), base, experts, "all"
+  )
+  assert finite
+  for name in ("embed", "head"):
+    common = [tree[name][:shared] for tree in (base, *experts)]
+    deltas = [expert - common[0] for expert in common[1:]]
+    expected = common[0] + sum(d / np.linalg.norm(d) for d in deltas)
+    assert merged[name].shape == (11, 8)
+    np.testing.assert_allclose(merged[name][:shared], expected, atol=1e-5)
+    np.testing.assert_array_equal(merged[name][shared:], base[name][shared:])
+
+
+def test_another_vocabulary_is_said():
+  base = _tree(0)
+  experts = {"same": _tree(1), "paper": _with_rows(_tree(2), 9)}
+  (note,) = merging.vocabulary_notes(base, experts, "all")
+  assert "expert paper has 9 rows" in note and "the seed model 11" in note
+  assert "the first 9 are merged, the others stay" in note
+  # The vocabulary is the seed model's anyway.
+  assert not merging.vocabulary_notes(base, experts, "mlp")

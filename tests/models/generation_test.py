@@ -1,5 +1,7 @@
 """Generation with a KV cache against transformers and against full passes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,42 @@ _DECODER = models.DecoderConfig(
     mlp=48,
     max_positions=64,
 )
+_LOCAL = {"window": 5, "local": (True, False)}
+_GEMMA = {
+    "activation": "gelu_tanh",
+    "scaled_embedding": True,
+    "unit_offset_norms": True,
+    "post_norms": True,
+    "tied_head": True,
+    "query_scale": 7,
+}
+# What each family has beyond the others, and shapes of their own.
+_FAMILIES = {
+    "mistral": {"kv_heads": 1, "window": 5, "local": (True, True)},
+    "llama": {
+        "kv_heads": 4,
+        "head_dim": 12,
+        "rope": models.Rope(1000.0, "llama3", 8.0, 1.0, 4.0, 32),
+    },
+    "qwen2": {"head_dim": 12, "qkv_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 12, "tied_head": True} | _LOCAL,
+    "gemma2": {
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "head_dim": 20,
+    }
+    | _GEMMA
+    | _LOCAL,
+    "gemma3_text": {
+        "qk_norm": True,
+        "kv_heads": 1,
+        "head_dim": 20,
+        "rope": models.Rope(1000.0, "linear", 8.0),
+        "local_rope": models.Rope(100.0),
+    }
+    | _GEMMA
+    | _LOCAL,
+}
 _EOS = 0
 _NEW = 12
 # Left-padded into one batch: prompts of 3, 7, 5 and 7 tokens.
@@ -51,29 +89,89 @@ def _generate(params, prompts=_PROMPTS, keys=None, temperature=0.0, **options):
       mask,
       keys,
       np.float32(temperature),
-      **{"max_new_tokens": _NEW, "eos": _EOS} | options,
+      **{"max_new_tokens": _NEW, "eos": (_EOS,)} | options,
   )
   return np.asarray(tokens), np.asarray(finished)
 
 
+def _hf(directory):
+  return transformers.AutoModelForCausalLM.from_pretrained(
+      directory, dtype=torch.float32, attn_implementation="eager"
+  )
+
+
+def _hf_generate(hf, prompt, new, eos):
+  prompt = torch.tensor([prompt])
+  hf.generation_config.eos_token_id = eos
+  return hf.generate(
+      prompt,
+      attention_mask=torch.ones_like(prompt),
+      max_new_tokens=new,
+      do_sample=False,
+      pad_token_id=_EOS,
+  )[0, prompt.shape[1] :].numpy()
+
+
 def test_greedy_matches_transformers(params, tmp_path):
   convert.save(tmp_path / "model", _DECODER, params)
-  hf = transformers.AutoModelForCausalLM.from_pretrained(
-      tmp_path / "model", dtype=torch.float32
-  )
+  hf = _hf(tmp_path / "model")
   tokens, finished = _generate(params)
   for prompt, row, done in zip(_PROMPTS, tokens, finished, strict=True):
-    prompt = torch.tensor([prompt])
-    expected = hf.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=_NEW,
-        do_sample=False,
-        eos_token_id=_EOS,
-        pad_token_id=_EOS,
-    )[0, prompt.shape[1] :].numpy()
+    expected = _hf_generate(hf, prompt, _NEW, _EOS)
     np.testing.assert_array_equal(row[: len(expected)], expected)
     assert done == (_EOS in expected)
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_64_greedy_tokens_match_transformers(family, tmp_path, random_params):
+  """Left-padded together here, each prompt alone there; no EOS."""
+  config = dataclasses.replace(
+      _DECODER, family=family, max_positions=128, **_FAMILIES[family]
+  )
+  params = random_params(config)
+  # Blocks that outweigh the embedding, and attention that picks: else it
+  # would write a token over and over.
+  attention = params["layers"]["attention"]
+  params["embed"] *= 0.1
+  for matrix in (
+      attention["q"],
+      attention["o"],
+      params["layers"]["mlp"]["down"],
+  ):
+    matrix *= 4
+  convert.save(tmp_path / "model", config, params)
+  hf = _hf(tmp_path / "model")
+  prompts = _PROMPTS[:3]
+  tokens, mask = models.pad_left(prompts, 8)
+  tokens, finished = models.generate(
+      config,
+      params,
+      tokens,
+      mask,
+      _keys(3),
+      np.float32(0.0),
+      max_new_tokens=64,
+      eos=(-1,),
+  )
+  assert not np.any(finished)
+  for prompt, row in zip(prompts, np.asarray(tokens), strict=True):
+    expected = _hf_generate(hf, prompt, 64, None)
+    np.testing.assert_array_equal(row, expected)
+  assert len(np.unique(tokens)) >= 16
+
+
+def test_any_of_several_tokens_ends_a_row(params):
+  plain, _ = _generate(params)
+  # A token after which a row went on.
+  goes_on = (plain[:, :-1] != _EOS) & (plain[:, 1:] != _EOS)
+  other = int(plain[:, :-1][goes_on][0])
+  tokens, finished = _generate(params, eos=(_EOS, other))
+  for row, before, done in zip(tokens, plain, finished, strict=True):
+    ends = np.flatnonzero((before == _EOS) | (before == other))
+    assert done == bool(len(ends))
+    stop = ends[0] + 1 if done else _NEW
+    np.testing.assert_array_equal(row[:stop], before[:stop])
+    assert (row[stop:] == _EOS).all()
 
 
 def test_left_padding_changes_nothing(params):
@@ -109,7 +207,7 @@ def test_shared_prompt_equals_repeated_prompt(params):
       _keys(4),
       np.float32(1.0),
       max_new_tokens=_NEW,
-      eos=_EOS,
+      eos=(_EOS,),
   )
   repeated, _ = _generate(params, [_PROMPTS[1]] * 4, temperature=1.0)
   np.testing.assert_array_equal(shared, repeated)
@@ -139,7 +237,7 @@ def test_temperature_samples_the_softmax(params):
       _keys(4000),
       np.float32(1.3),
       max_new_tokens=1,
-      eos=_EOS,
+      eos=(_EOS,),
   )
   forward = jax.jit(models.forward, static_argnums=0)
   hidden = forward(_DECODER, params, np.array(_PROMPTS[:1], np.int32))
