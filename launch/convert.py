@@ -4,9 +4,9 @@
   python -m launch.convert --flax=DIR --out=HFDIR      and back
   python -m launch.convert --hf=DIR --adapter=PEFTDIR --out=DIR
 
---hf also takes `org/name[@revision]` on the Hugging Face hub. A LoRA adapter is
-applied on the way. Tensors pass one leaf at a time: the model may be larger than
-the memory. Weights keep their dtypes.
+--hf also takes `org/name[@revision]` on the Hugging Face hub. A LoRA adapter
+is applied on the way. The model may be larger than the memory: it passes leaf
+by leaf. Weights keep their dtypes.
 """
 
 import math

@@ -18,7 +18,7 @@ _MODEL = flags.DEFINE_string(
     "model", None, "Hugging Face directory, or org/name[@revision] on the hub."
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "What to go on from, or answer.")
-_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT directory to use with it.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT directory to use.")
 _CHAT = flags.DEFINE_bool("chat", False, "Apply the chat template.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 128, "Tokens to write at most.", lower_bound=1

@@ -30,6 +30,8 @@ _ONLY = {
     "alpha_pattern": ({}, None),
     "trainable_token_indices": (None, []),
 }
+# Initialisations that take B A out of the base: W + scale B A would be wrong.
+_SHIFTS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,12 @@ def load_adapter(
       raise ConvertError(
           f"{path}: {key} {settings[key]!r} is not supported in an adapter"
       )
+  init = str(settings.get("init_lora_weights"))
+  if init.lower().startswith(_SHIFTS_BASE):
+    raise ConvertError(
+        f"{path}: init_lora_weights {init!r} is not supported in an adapter;"
+        " save it with PEFT's path_initial_model_for_weight_conversion"
+    )
   try:
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
   except (KeyError, TypeError, ValueError) as error:
@@ -127,11 +135,12 @@ def load_adapter(
   abstract = models.abstract_params(config)
   for target, matrix, _ in hf.named_leaves(config, abstract):
     pattern = families.FAMILIES[config.family].table[target]
-    for factor, names in _names(pattern, config.layers).items():
-      if not hf.is_stacked(target) or not unknown.intersection(names):
-        continue
-      shape = (rank, matrix.shape[2]) if factor == "a" else (
-          matrix.shape[1], rank
+    factors = _names(pattern, config.layers)
+    if matrix.ndim != 3 or unknown.isdisjoint(factors["a"] + factors["b"]):
+      continue
+    for factor, names in factors.items():
+      shape = (
+          (rank, matrix.shape[2]) if factor == "a" else (matrix.shape[1], rank)
       )
       leaf = _leaf(path, tensors, names, shape)
       unknown.difference_update(names)
@@ -141,6 +150,8 @@ def load_adapter(
         f"{path} holds {min(unknown)}, which is no LoRA factor of a"
         f" {config.family} decoder"
     )
+  if not params:
+    raise ConvertError(f"{path} holds no LoRA factor")
   root = rank**0.5 if settings.get("use_rslora") else rank
   return Adapter(params, alpha / root)
 
@@ -166,6 +177,11 @@ def _leaf(path, tensors, names, shape) -> files.Leaf:
       raise ConvertError(
           f"{path}: {name} has shape {tensors[name].shape}; the decoder and the"
           f" rank ask for {shape}"
+      )
+    if tensors[name].dtype != tensors[names[0]].dtype:
+      raise ConvertError(
+          f"{path}: {name} has dtype {tensors[name].dtype}, but {names[0]} has"
+          f" {tensors[names[0]].dtype}"
       )
   return files.Leaf([tensors[name] for name in names], stacked=True)
 

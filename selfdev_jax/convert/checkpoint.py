@@ -5,6 +5,7 @@ Hugging Face directory holds beside its weights.
 """
 
 from collections.abc import Iterator
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -39,25 +40,40 @@ class SavedLeaf(files.Lazy):
     abstract = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
     wanted: models.Params = {}
     hf.set_path(wanted, self._path, abstract)
-    with _context():
+    with _context(), _named(self._checkpoint.parent):
       return hf.get_path(ocp.load(self._checkpoint, wanted), self._path)
 
   def tensors(self) -> Iterator[np.ndarray]:
     # Orbax reads whole arrays; the store under it reads a layer of one.
     spec = {
         "driver": "zarr3",
+        "fill_missing_data_reads": False,
         "kvstore": {
             "driver": "ocdbt",
             "base": f"file://{self._checkpoint / 'state'}/",
             "path": self._path.replace("/", ".") + "/",
         },
     }
-    array = tensorstore.open(spec, open=True, read=True).result()
-    if not hf.is_stacked(self._path):
-      yield array.read().result()
-      return
-    for layer in range(self.shape[0]):
-      yield array[layer].read().result()
+    with _named(self._checkpoint.parent):
+      array = tensorstore.open(spec, open=True, read=True).result()
+    stacked = hf.is_stacked(self._path)
+    for part in range(self.shape[0]) if stacked else [...]:
+      with _named(self._checkpoint.parent):
+        value = array[part].read().result()
+      yield value
+
+
+@contextlib.contextmanager
+def _named(directory: str | os.PathLike) -> Iterator[None]:
+  """What goes wrong in a checkpoint is one line that names it."""
+  try:
+    yield
+  except Exception as error:  # Orbax's, tensorstore's and the file system's.
+    reason = str(error.__cause__ or error).partition("[tensorstore_spec")[0]
+    raise ConvertError(
+        f"{directory} cannot be read: {' '.join(reason.split())}; it may be"
+        " cut short"
+    ) from None
 
 
 def _context() -> ocp.Context:
@@ -137,11 +153,10 @@ def open_checkpoint(
         f" {_PARAMS}/ or {_SETTINGS}/"
     )
   config = hf.read_config(path / _SETTINGS)
-  try:
+  with _named(directory):
     saved = ocp.metadata(path / _PARAMS).metadata
-  except Exception as error:  # Orbax's, tensorstore's and the file system's.
-    reason = " ".join(str(error).split())
-    raise ConvertError(f"{directory} cannot be read: {reason}") from None
+    if saved is None:  # Orbax has logged why.
+      raise ValueError("its metadata is damaged")
   params: models.Params = {}
   for name, abstract, _ in hf.named_leaves(
       config, models.abstract_params(config)

@@ -136,6 +136,8 @@ FAMILIES = {
 _LOCAL, _FULL = "sliding_attention", "full_attention"
 # The one family with a RoPE for each type of layer.
 _TWO_ROPES = "gemma3_text"
+# Those whose configs do not give a type to each layer.
+_UNTYPED = ("mistral", "llama")
 
 
 def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
@@ -183,9 +185,10 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
     fields["local_rope"] = _read_rope(rope[_LOCAL], where)
     rope = rope[_FULL]
   window = hf.get("sliding_window")
-  # Mistral's configs have no types of layers: a window is on all of them.
-  default = [_LOCAL if name == "mistral" else _FULL] * fields["layers"]
-  types = hf.get("layer_types") or default
+  if name in _UNTYPED:  # A window is on all layers or on none.
+    types = [_LOCAL if name == "mistral" else _FULL] * fields["layers"]
+  else:
+    types = hf["layer_types"]
   if not set(types) <= {_LOCAL, _FULL}:
     raise ConvertError(
         f"{where} has the layer_types {', '.join(sorted(set(types)))};"
@@ -232,7 +235,11 @@ def _read_rope(rope: dict[str, Any], where: str) -> models.Rope:
 
 
 def hf_config(decoder: models.DecoderConfig) -> dict[str, Any]:
-  """A config.json for `decoder`, as transformers 4 and 5 and vLLM read it."""
+  """A config.json for `decoder`, as transformers 4 and 5 and vLLM read it.
+
+  Raises:
+    ConvertError: if the family has no such decoders.
+  """
   family = FAMILIES[decoder.family]
   rope = _write_rope(decoder.rope)
   settings = {
@@ -254,11 +261,18 @@ def hf_config(decoder: models.DecoderConfig) -> dict[str, Any]:
     settings["sliding_window"] = decoder.window
   if decoder.family.startswith("qwen"):
     settings["use_sliding_window"] = decoder.window is not None
-  if decoder.family not in ("mistral", "llama"):
+  if decoder.family not in _UNTYPED:
     settings["layer_types"] = [
         _LOCAL if is_local else _FULL
         for is_local in decoder.local or [False] * decoder.layers
     ]
+  found = decoder_config(settings, decoder.family)
+  for field in dataclasses.fields(decoder):
+    value = getattr(decoder, field.name)
+    if getattr(found, field.name) != value:
+      raise ConvertError(
+          f"no {decoder.family} decoder has {field.name} {value!r}"
+      )
   return settings
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 from typing import Any
 
@@ -123,7 +124,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
   weight_map = read_json(directory / _INDEX).get("weight_map")
   if not isinstance(weight_map, dict):
     raise ConvertError(f"{directory / _INDEX} has no weight_map")
-  for name in sorted(set(weight_map.values())):
+  for name in sorted(set(map(str, weight_map.values()))):
     if pathlib.PurePath(name).name != name:
       raise ConvertError(f"{directory / _INDEX} names a file outside: {name}")
     if not (directory / name).is_file():
@@ -154,13 +155,14 @@ def _no_weights(directory: pathlib.Path) -> str:
     return f"{directory} lacks {_WEIGHTS} or {_INDEX}"
   # Run where torch is installed; transformers unpickles weights alone.
   script = (
-      "import transformers as t;"
-      f" m = t.AutoModelForCausalLM.from_pretrained({str(directory)!r},"
-      f" dtype='auto'); m.save_pretrained({str(directory)!r})"
+      "import sys, transformers as t; d = sys.argv[1];"
+      " t.AutoModelForCausalLM.from_pretrained(d, dtype='auto')"
+      ".save_pretrained(d)"
   )
   return (
       f"{directory} has its weights in pickles (.bin), which are not read."
-      f' Convert them where torch is installed: python -c "{script}"'
+      " Convert them where torch is installed: python -c"
+      f' "{script}" {shlex.quote(str(directory))}'
   )
 
 

@@ -43,4 +43,3 @@ def init(
   keys = jax.random.split(key, len(leaves))
   pairs = [pair(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
   return {"layers": jax.tree.unflatten(tree, pairs)}
-

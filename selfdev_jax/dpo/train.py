@@ -20,7 +20,6 @@ from selfdev_jax import progress
 from selfdev_jax import records
 from selfdev_jax.dpo import data as data_lib
 from selfdev_jax.dpo import logps as logps_lib
-from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import loss as loss_lib
 
 
@@ -132,9 +131,7 @@ def _logps(
     is_completion: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probabilities and lengths, both [rows], of [rows, seq] tokens."""
-  scaled = models.scale_adapter(
-      adapter, config.lora_alpha / config.lora_rank
-  )
+  scaled = models.scale_adapter(adapter, config.lora_alpha / config.lora_rank)
   return logps_lib.completion_logps(
       decoder, params, scaled, tokens, is_completion
   )

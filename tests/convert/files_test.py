@@ -59,9 +59,7 @@ def _shift(directory: pathlib.Path, by: int):
   size = int.from_bytes(data[:8], "little")
   header = data[8 : 8 + size] + b" " * by
   new = directory / "new"
-  new.write_bytes(
-      len(header).to_bytes(8, "little") + header + data[8 + size :]
-  )
+  new.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
   new.rename(path)
 
 
