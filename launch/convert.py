@@ -19,6 +19,7 @@ import jax
 from launch import app
 from selfdev_jax import convert
 from selfdev_jax import errors
+from selfdev_jax import progress
 
 _HF = flags.DEFINE_string("hf", None, "Hugging Face directory or hub id.")
 _FLAX = flags.DEFINE_string("flax", None, "Checkpoint of this script.")
@@ -44,8 +45,9 @@ def main(_):
   if _ADAPTER.value is not None:
     adapter = convert.load_adapter(_ADAPTER.value, config)
     leaves = convert.apply_adapter(leaves, adapter)
-  save(out, config, leaves, like)
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves))
+  progress.note(f"writing {size:,} parameters to {out}")
+  save(out, config, leaves, like)
   print(
       f"{out}: {config.family}, {size:,} parameters,"
       f" {leaves['embed'].dtype}, {time.monotonic() - start:.1f} s"

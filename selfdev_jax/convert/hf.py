@@ -64,7 +64,7 @@ def resolve(model: str | os.PathLike) -> pathlib.Path:
     raise ConvertError(f"model directory {model} does not exist")
   patterns = ["model*.safetensors", _INDEX, _CONFIG, *_CARRIED]
   try:
-    return pathlib.Path(
+    path = pathlib.Path(
         huggingface_hub.snapshot_download(
             match[1], revision=match[2], allow_patterns=patterns
         )
@@ -76,6 +76,14 @@ def resolve(model: str | os.PathLike) -> pathlib.Path:
         f" hub failed ({reason}); fetch it where there is a network and give"
         " its directory"
     ) from None
+  if not any(path.glob("*.safetensors")):
+    name = match[1].split("/")[1]
+    raise ConvertError(
+        f"{model}: no safetensors came from the hub. Fetch it all (hf download"
+        f" {match[1]} --local-dir={name}) and convert it where torch is"
+        f" installed: {_to_safetensors(name)}"
+    )
+  return path
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -153,17 +161,21 @@ def _read_tensors(directory: pathlib.Path) -> dict[str, files.Tensor]:
 def _no_weights(directory: pathlib.Path) -> str:
   if not any(directory.glob("*.bin*")):
     return f"{directory} lacks {_WEIGHTS} or {_INDEX}"
-  # Run where torch is installed; transformers unpickles weights alone.
+  return (
+      f"{directory} has its weights in pickles (.bin), which are not read."
+      " Convert them where torch is installed:"
+      f" {_to_safetensors(str(directory))}"
+  )
+
+
+def _to_safetensors(directory: str) -> str:
+  """A command; transformers unpickles nothing but weights."""
   script = (
       "import sys, transformers as t; d = sys.argv[1];"
       " t.AutoModelForCausalLM.from_pretrained(d, dtype='auto')"
       ".save_pretrained(d)"
   )
-  return (
-      f"{directory} has its weights in pickles (.bin), which are not read."
-      " Convert them where torch is installed: python -c"
-      f' "{script}" {shlex.quote(str(directory))}'
-  )
+  return f'python -c "{script}" {shlex.quote(directory)}'
 
 
 def open_leaves(

@@ -474,6 +474,27 @@ def cache(tmp_path, monkeypatch) -> pathlib.Path:
   return path
 
 
+@pytest.fixture
+def snapshot(cache) -> pathlib.Path:
+  """Where the cache has the revisions `main` and `v1/x` of org/na.me-1."""
+  repository = cache / "models--org--na.me-1"
+  for ref in ("main", "v1/x"):
+    path = repository / "refs" / ref
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_SHA)
+  return repository / "snapshots" / _SHA
+
+
+def test_a_hub_repository_without_safetensors(snapshot):
+  snapshot.mkdir(parents=True)
+  (snapshot / "config.json").write_text("{}")
+  with pytest.raises(convert.ConvertError) as caught:
+    convert.resolve("org/na.me-1")
+  text = str(caught.value)
+  assert "hf download org/na.me-1 --local-dir=na.me-1" in text
+  assert text.endswith("na.me-1") and 'python -c "' in text
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -483,14 +504,8 @@ def cache(tmp_path, monkeypatch) -> pathlib.Path:
         f"org/na.me-1@{_SHA}",
     ],
 )
-def test_a_hub_id_is_its_snapshot(cache, params, name):
-  repository = cache / "models--org--na.me-1"
-  snapshot = repository / "snapshots" / _SHA
+def test_a_hub_id_is_its_snapshot(snapshot, params, name):
   convert.save(snapshot, _DECODER, params)
-  for ref in ("main", "v1/x"):
-    path = repository / "refs" / ref
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_SHA)
   assert convert.resolve(name) == snapshot.resolve()
   _assert_same_bits(convert.load(convert.resolve(name))[1], params)
 
