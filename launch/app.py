@@ -22,6 +22,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from selfdev_jax import config as config_lib
 from selfdev_jax import errors
 
+_INTERRUPTED = "interrupted; nothing is lost, run the same command again"
 _DISK_FULL = "database or disk is full"
 
 
@@ -40,7 +41,10 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     except errors.UserError as error:
       _fail(str(error))
     except KeyboardInterrupt:
-      print("\ninterrupted; the same command resumes", file=sys.stderr)
+      print(
+          "\ninterrupted; nothing is lost, run the same command again",
+          file=sys.stderr,
+      )
       sys.exit(130)
     except (OSError, sqlite3.OperationalError) as error:
       is_full = getattr(error, "errno", None) == errno.ENOSPC

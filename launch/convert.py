@@ -1,4 +1,4 @@
-"""Converts a model between Hugging Face and Orbax, bit by bit the same.
+"""Converts a model from Hugging Face to Orbax and back, bit by bit.
 
   python -m launch.convert --hf=DIR --out=DIR          to an Orbax checkpoint
   python -m launch.convert --flax=DIR --out=HFDIR      and back

@@ -33,8 +33,9 @@ flags.mark_flags_as_required(["model", "prompt"])
 def main(_):
   directory = convert.resolve(_MODEL.value)
   tokenizer = convert.load_tokenizer(directory)
-  prompt = tokenizer.encode(_PROMPT.value)
-  if _CHAT.value:
+  if not _CHAT.value:
+    prompt = tokenizer.encode(_PROMPT.value)
+  else:
     if not tokenizer.chat_template:
       raise errors.UserError(
           f"{directory} has no chat template; leave out --chat"

@@ -158,8 +158,8 @@ class Config:
   Attributes:
     name: stands in the report and in the archive.
     seed: every random key of the run is folded from it.
-    seed_model: a Hugging Face directory, or `tiny:NAME` for a model of the toy
-      world that `tiny` describes.
+    seed_model: a Hugging Face directory, `org/name[@revision]` on the hub, or
+      `tiny:NAME` for a model of the toy world that `tiny` describes.
     experts: likewise; each shares the seed model's architecture.
     iterations: T, rounds of propose, evaluate, refine.
     top_k: programs that are scored on the test set at the end.

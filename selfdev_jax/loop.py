@@ -147,13 +147,31 @@ def _check_lengths(config: config_lib.Config, loaded: Models):
 def _load(config, paths) -> Models:
   seed_path = paths[config.seed_model]
   decoder, seed = convert.load(seed_path)
-  experts = {name: convert.load(paths[name])[1] for name in config.experts}
+  experts = {}
+  for name in config.experts:
+    theirs, experts[name] = convert.load(paths[name])
+    for difference in _differences(decoder, theirs):
+      progress.note(f"expert {name} {difference}")
   merging.check_experts(seed, experts, config.seed_model)
   for note in merging.vocabulary_notes(seed, experts, config.merge.scope):
     progress.note(note)
   return Models(
       decoder, seed, experts, convert.load_tokenizer(seed_path), seed_path
   )
+
+
+def _differences(
+    seed: models.DecoderConfig, expert: models.DecoderConfig
+) -> list[str]:
+  """Of what no tensor shows and a merged model has from the seed model."""
+  free = ("vocab_size", "max_positions")
+  names = [f.name for f in dataclasses.fields(seed) if f.name not in free]
+  return [
+      f"has {name} {getattr(expert, name)}, the seed model"
+      f" {getattr(seed, name)}: it is merged and run with the seed model's"
+      for name in names
+      if getattr(expert, name) != getattr(seed, name)
+  ]
 
 
 def _sandbox(config, loaded) -> sandbox.Sandbox:

@@ -233,7 +233,20 @@ def test_an_expert_of_another_vocabulary_is_told(tmp_path, monkeypatch, capsys):
   config = dataclasses.replace(_CONFIG, merge=config_lib.Merge(scope="all"))
   loaded = loop._load(config, {n: tmp_path / n for n in ("seed", "a", "b")})
   assert loaded.experts["a"]["embed"].shape == (298, 8)
+  said = capsys.readouterr().err
   assert (
       "Note: expert a has 298 rows of vocabulary, the seed model 300: the first"
-      " 298 are merged" in capsys.readouterr().err
+      " 298 are merged" in said
   )
+  assert "expert b" not in said
+
+
+def test_an_expert_of_another_rope_is_told(tmp_path, monkeypatch, capsys):
+  longer = dataclasses.replace(_DECODER, rope=models.Rope(1e6))
+  for name, decoder in (("seed", _DECODER), ("a", _DECODER), ("b", longer)):
+    convert.save(tmp_path / name, decoder, models.init_params(decoder, 0))
+  monkeypatch.setattr(convert, "load_tokenizer", lambda directory: _Words())
+  loop._load(_CONFIG, {n: tmp_path / n for n in ("seed", "a", "b")})
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("Note: expert b has rope Rope(theta=1000000")
+  assert "merged and run with the seed model's" in line

@@ -217,7 +217,9 @@ def test_ctrl_c_is_one_line_and_resumable(cache, finished, tmp_path):
   process.send_signal(signal.SIGINT)
   status, _, err = _finish(process)
   assert status == 130
-  assert err.splitlines()[-1] == "interrupted; the same command resumes"
+  assert err.splitlines()[-1] == (
+      "interrupted; nothing is lost, run the same command again"
+  )
   assert "Traceback" not in err
 
 

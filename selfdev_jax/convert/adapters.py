@@ -29,6 +29,7 @@ _ONLY = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "trainable_token_indices": (None, []),
+    "alora_invocation_tokens": (None, []),
 }
 # Initialisations that take B A out of the base: W + scale B A would be wrong.
 _SHIFTS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -225,5 +226,7 @@ class _Applied(files.Lazy):
 @jax.jit
 def _merge(matrix, a, b, scale):
   wide = matrix.astype(jnp.float32)
-  update = b.astype(jnp.float32) @ a.astype(jnp.float32)
+  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  # A GPU would multiply in TF32.
+  update = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
   return (wide + scale * update).astype(matrix.dtype)

@@ -124,12 +124,17 @@ def save_checkpoint(
 
 
 def _whole(leaf: Any, scratch: pathlib.Path) -> jax.Array | np.ndarray:
-  """A leaf as Orbax wants it; a lazy one in pages that the system can evict."""
+  """A leaf as Orbax wants it; one that is gathered lies on disk until then.
+
+  Orbax copies what it writes: in memory it would be there twice.
+  """
   if not isinstance(leaf, files.Lazy):
     return leaf
   if leaf.is_mapped:
     return np.asarray(leaf)
   with tempfile.TemporaryFile(dir=scratch) as file:
+    # Without the space, writing to the mapping would kill the process.
+    os.posix_fallocate(file.fileno(), 0, files.nbytes(leaf))
     mapped = np.memmap(file, leaf.dtype, shape=leaf.shape)
   leaf.gather(mapped)
   return np.asarray(mapped)

@@ -56,6 +56,15 @@ _KEYS = {
     "tied_head": "tie_word_embeddings",
     "max_positions": "max_position_embeddings",
 }
+_SIZES = (
+    "vocab_size",
+    "embed",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+)
 _GEMMA_KEYS = _KEYS | {
     "query_scale": "query_pre_attn_scalar",
     "logit_softcap": "final_logit_softcapping",
@@ -133,6 +142,17 @@ FAMILIES = {
     ),
 }
 
+# Scaling -> field of `models.Rope` -> key of rope_parameters.
+_ROPE_KEYS = {
+    "default": {"theta": "rope_theta"},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_frequency_factor": "low_freq_factor",
+        "high_frequency_factor": "high_freq_factor",
+        "original_positions": "original_max_position_embeddings",
+    },
+}
 _LOCAL, _FULL = "sliding_attention", "full_attention"
 # The one family with a RoPE for each type of layer.
 _TWO_ROPES = "gemma3_text"
@@ -154,7 +174,7 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
   Raises:
     ConvertError: if the architecture or a value of a key is not supported.
   """
-  name = hf.get("model_type")
+  name = str(hf.get("model_type"))
   if name not in FAMILIES:
     raise ConvertError(
         f"{where} is of model_type {name!r}; supported: {', '.join(FAMILIES)}"
@@ -180,6 +200,14 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
   heads = fields["heads"]
   fields["kv_heads"] = fields["kv_heads"] or heads
   fields["head_dim"] = fields["head_dim"] or fields["embed"] // heads
+  for field in _SIZES:
+    if fields[field] < 1:
+      raise ConvertError(f"{where} has {family.keys[field]} {fields[field]}")
+  if heads % fields["kv_heads"]:
+    raise ConvertError(
+        f"{where} has {heads} heads, no multiple of {fields['kv_heads']}"
+        " key-value heads"
+    )
   rope = hf["rope_parameters"]
   if name == _TWO_ROPES:
     fields["local_rope"] = _read_rope(rope[_LOCAL], where)
@@ -196,6 +224,8 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
     )
   local = tuple(window is not None and kind == _LOCAL for kind in types)
   if any(local):
+    if window < 1:
+      raise ConvertError(f"{where} has sliding_window {window}")
     fields |= {"window": window, "local": local}
   return models.DecoderConfig(
       family=name, rope=_read_rope(rope, where), **fields, **family.traits
@@ -203,39 +233,29 @@ def decoder_config(hf: dict[str, Any], where: str) -> models.DecoderConfig:
 
 
 def _read_rope(rope: dict[str, Any], where: str) -> models.Rope:
-  scaling = rope["rope_type"]
-  try:
-    theta = float(rope["rope_theta"])
-  except (TypeError, ValueError):
-    raise ConvertError(
-        f"{where} has the rope_theta {rope['rope_theta']!r}, not a number"
-    ) from None
   if rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise ConvertError(
         f"{where} rotates a part of each head (partial_rotary_factor): not"
         " supported"
     )
-  if scaling == "default":
-    return models.Rope(theta)
-  if scaling == "linear":
-    return models.Rope(theta, scaling, float(rope["factor"]))
-  if scaling == "llama3":
-    return models.Rope(
-        theta,
-        scaling,
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        rope["original_max_position_embeddings"],
+  scaling = rope["rope_type"]
+  if scaling not in _ROPE_KEYS:
+    raise ConvertError(
+        f"{where} has the rope_type {scaling!r}; supported:"
+        f" {', '.join(_ROPE_KEYS)}"
     )
-  raise ConvertError(
-      f"{where} has the rope_type {scaling!r}; supported: default, linear,"
-      " llama3"
-  )
+  fields = {}
+  for field, key in (_ROPE_KEYS["default"] | _ROPE_KEYS[scaling]).items():
+    fields[field] = rope.get(key)
+    if not isinstance(fields[field], int | float):
+      raise ConvertError(
+          f"{where} has the {key} {fields[field]!r}, not a number"
+      )
+  return models.Rope(scaling=scaling, **fields)
 
 
 def hf_config(decoder: models.DecoderConfig) -> dict[str, Any]:
-  """A config.json for `decoder`, as transformers 4 and 5 and vLLM read it.
+  """A config.json for `decoder`, as transformers 5 reads it.
 
   Raises:
     ConvertError: if the family has no such decoders.
@@ -277,13 +297,6 @@ def hf_config(decoder: models.DecoderConfig) -> dict[str, Any]:
 
 
 def _write_rope(rope: models.Rope) -> dict[str, Any]:
-  written = {"rope_theta": rope.theta, "rope_type": rope.scaling}
-  if rope.scaling != "default":
-    written["factor"] = rope.factor
-  if rope.scaling == "llama3":
-    written |= {
-        "low_freq_factor": rope.low_frequency_factor,
-        "high_freq_factor": rope.high_frequency_factor,
-        "original_max_position_embeddings": rope.original_positions,
-    }
-  return written
+  keys = _ROPE_KEYS["default"] | _ROPE_KEYS[rope.scaling]
+  written = {key: getattr(rope, field) for field, key in keys.items()}
+  return written | {"rope_type": rope.scaling}

@@ -47,6 +47,7 @@ class Tensor:
     file: the whole file's bytes, mapped, uint8.
     begin: of its bytes in the file.
     end: likewise.
+    inode: of the file.
   """
 
   path: pathlib.Path
@@ -56,6 +57,7 @@ class Tensor:
   file: np.ndarray = dataclasses.field(repr=False)
   begin: int
   end: int
+  inode: int
 
   @property
   def data(self) -> np.ndarray:
@@ -66,6 +68,8 @@ class Tensor:
     """Copies it; by reading, as touching mapped pages costs twice the time."""
     rest = memoryview(buffer.reshape(-1).view(np.uint8))
     with open(self.path, "rb", buffering=0) as file:
+      if os.fstat(file.fileno()).st_ino != self.inode:
+        raise ConvertError(f"{self.path} was replaced while it was read")
       file.seek(self.begin)
       while rest:
         n = file.readinto(rest)
@@ -84,6 +88,7 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
     # The library checks the header: sizes, no gaps, nothing behind the end.
     with safetensors.safe_open(path, framework="numpy"):
       file = np.asarray(np.memmap(path, np.uint8, mode="r"))
+      inode = path.stat().st_ino
   except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise ConvertError(
         f"{path} cannot be read: {error}; it may be cut short: fetch it again"
@@ -102,6 +107,7 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
         file,
         begin,
         end,
+        inode,
     )
   return tensors
 
@@ -118,16 +124,16 @@ class Lazy(abc.ABC):
     is_mapped: whether `np.asarray` is a view of a file.
   """
 
+  is_mapped = False
   shape: tuple[int, ...]
   dtype: np.dtype
-  is_mapped = False
 
   @abc.abstractmethod
   def tensors(self) -> Iterator[np.ndarray]:
     """The tensors of its layers, or its one tensor."""
 
   def gather(self, buffer: np.ndarray):
-    """Fills an array of its size, whatever shape that has."""
+    """Fills a contiguous array of its shape."""
     flat, start = buffer.reshape(-1), 0
     for tensor in self.tensors():
       flat[start : start + tensor.size] = tensor.reshape(-1)

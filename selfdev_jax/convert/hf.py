@@ -5,7 +5,9 @@ and tokenizer files.
 """
 
 from collections.abc import Iterator
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -33,6 +35,7 @@ _CARRIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -78,10 +81,11 @@ def resolve(model: str | os.PathLike) -> pathlib.Path:
     ) from None
   if not any(path.glob("*.safetensors")):
     name = match[1].split("/")[1]
+    revision = f" --revision={match[2]}" if match[2] else ""
     raise ConvertError(
         f"{model}: no safetensors came from the hub. Fetch it all (hf download"
-        f" {match[1]} --local-dir={name}) and convert it where torch is"
-        f" installed: {_to_safetensors(name)}"
+        f" {match[1]}{revision} --local-dir={name}) and convert it where torch"
+        f" is installed: {_to_safetensors(name)}"
     )
   return path
 
@@ -148,14 +152,12 @@ def _read_tensors(directory: pathlib.Path) -> dict[str, files.Tensor]:
   shards = {
       name: files.read(directory / name) for name in set(weight_map.values())
   }
-  tensors = {}
   for name, shard in weight_map.items():
     if name not in shards[shard]:
       raise ConvertError(
           f"{directory / shard} lacks tensor {name}, which the index puts there"
       )
-    tensors[name] = shards[shard][name]
-  return tensors
+  return {k: v for shard in shards.values() for k, v in shard.items()}
 
 
 def _no_weights(directory: pathlib.Path) -> str:
@@ -257,8 +259,13 @@ def load(
   """
   config, leaves = open_leaves(directory)
   if shardings is None:
-    return config, jax.tree.map(files.put, leaves)
-  return config, jax.tree.map(files.put, leaves, shardings)
+    shardings = jax.tree.map(lambda leaf: None, leaves)
+  # Most of the time goes into pages of memory that were never touched.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    arrays = jax.tree.map(
+        functools.partial(pool.submit, files.put), leaves, shardings
+    )
+    return config, jax.tree.map(lambda array: array.result(), arrays)
 
 
 def save(
@@ -382,21 +389,28 @@ def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
   """A directory to fill; only when it is whole does it take its name.
 
   Raises:
-    ConvertError: if the disk is full.
+    ConvertError: if the disk is full, or the place not one to write to.
   """
   target = pathlib.Path(directory)
-  partial = target.with_name(target.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
+  partial, old = (
+      target.with_name(target.name + suffix) for suffix in (".partial", ".old")
+  )
   try:
+    for path in (partial, old):  # Of a run that was killed.
+      shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
     yield partial
+    if target.exists():
+      target.rename(old)
+    partial.rename(target)
   except OSError as error:
     raise ConvertError(
-        f"{target} cannot be written ({error}); make room, the same command"
-        " resumes"
+        f"{target} cannot be written ({error}); make room for it and run the"
+        " same command again"
     ) from None
-  shutil.rmtree(target, ignore_errors=True)
-  partial.rename(target)
+  finally:
+    for path in (partial, old):
+      shutil.rmtree(path, ignore_errors=True)
 
 
 def load_tokenizer(
@@ -429,24 +443,23 @@ def end_tokens(
     directory: of the model, with or without a generation config.
     tokenizer: its tokenizer.
   """
-  path = pathlib.Path(directory) / _GENERATION_CONFIG
-  named = read_json(path).get("eos_token_id") if path.is_file() else None
+  named = _special_tokens(pathlib.Path(directory)).get("eos_token_id")
   named = [] if named is None else named if isinstance(named, list) else [named]
   return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
 
 
 def digest(directory: str | os.PathLike) -> str:
-  """SHA-256 over the weights, the config and the tokenizer, in hex."""
+  """SHA-256 over the weights, the configs and the tokenizer, in hex."""
   directory = pathlib.Path(directory)
   weight_map = _read_index(directory) or {"": _WEIGHTS}
   shards = sorted(set(weight_map.values()))
   whole = hashlib.sha256()
-  for name in (*shards, _CONFIG, "tokenizer.json"):
+  for name in (*shards, _CONFIG, _GENERATION_CONFIG, "tokenizer.json"):
     try:
       with open(directory / name, "rb") as file:
         whole.update(hashlib.file_digest(file, "sha256").digest())
     except FileNotFoundError:
-      whole.update(b"absent")  # Not every tokenizer has a tokenizer.json.
+      whole.update(b"absent")  # Not every model has all of them.
     except OSError as error:
       raise ConvertError(f"{directory}: {error}") from None
   return whole.hexdigest()

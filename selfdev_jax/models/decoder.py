@@ -415,7 +415,11 @@ def _init(config: DecoderConfig, key: jax.Array) -> Params:
 
 
 def bind(config: DecoderConfig, params: Params) -> Decoder:
-  """The module over `params`."""
+  """The module over `params`; it computes in the embedding's dtype."""
+  dtype = params["embed"].dtype
+  params = jax.tree.map(
+      lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), params
+  )
   return nnx.merge(_graph(config)[0], params)
 
 

@@ -40,7 +40,7 @@ class JaxSampler:
       decoder: models.DecoderConfig,
       tokenizer: transformers.PreTrainedTokenizerBase,
       batch_size: int,
-      eos: tuple[int, ...] | None = None,
+      eos: tuple[int, ...],
   ):
     """Takes what the weights do not say.
 
@@ -48,12 +48,12 @@ class JaxSampler:
       decoder: the model's shape.
       tokenizer: its tokenizer.
       batch_size: rows generated at once.
-      eos: the tokens that end a text; None: the tokenizer's one.
+      eos: the tokens that end a text.
     """
     self._decoder = decoder
     self._tokenizer = tokenizer
     self._batch_size = batch_size
-    self._eos = eos or (tokenizer.eos_token_id,)
+    self._eos = eos
     self._params = self._lora = None
 
   def swap_weights(

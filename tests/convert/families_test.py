@@ -331,7 +331,16 @@ _YARN = {
             {"rope_scaling": {"rope_type": "linear"}},
             ("factor",),
         ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear", "factor": None}},
+            ("factor",),
+        ),
         ("llama", {"rope_theta": None}, ("rope_theta",)),
+        ("llama", {"num_hidden_layers": 0}, ("num_hidden_layers 0",)),
+        ("llama", {"num_key_value_heads": 3}, ("no multiple of 3",)),
+        ("mistral", {"sliding_window": 0}, ("sliding_window 0",)),
+        ("llama", {"model_type": ["llama"]}, ("model_type", "llama")),
     ],
 )
 def test_what_is_not_supported_is_named(family, keys, named):

@@ -176,6 +176,25 @@ def test_several_files_and_their_index(sharded, params):
   np.testing.assert_array_equal(tensors[_HEAD], params["head"])
 
 
+def test_what_fails_leaves_the_old_and_nothing_else(directory, params):
+  class Full:
+    shape, dtype = params["embed"].shape, params["embed"].dtype
+
+    def __array__(self, dtype=None, copy=None):
+      raise OSError(28, "No space left on device")
+
+  before = (directory / _ONE_FILE).read_bytes()
+  with pytest.raises(convert.ConvertError, match="No space left.* make room"):
+    convert.save(directory, _DECODER, params | {"embed": Full()})
+  assert (directory / _ONE_FILE).read_bytes() == before
+  assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_a_place_that_is_no_directory(directory, params):
+  with pytest.raises(convert.ConvertError, match="cannot be written"):
+    convert.save(directory / _ONE_FILE / "model", _DECODER, params)
+
+
 def test_save_replaces_the_whole_directory(directory, params):
   (directory / "stale").write_text("x")
   convert.save(directory, _DECODER, params)
@@ -384,6 +403,14 @@ def _edit_map(sharded, **changes):
   _edit_json(path, weight_map=weight_map | changes)
 
 
+def test_a_shard_holds_what_the_index_does_not_name(sharded):
+  path = sharded / "model-00001-of-00003.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  tensors["model.stranger.weight"] = np.zeros(3, np.float32)
+  safetensors.numpy.save_file(tensors, path)
+  _assert_refused(sharded, "unknown tensor model.stranger.weight")
+
+
 def test_the_index_is_wrong_about_a_shard(sharded):
   last = "model-00003-of-00003.safetensors"
   _edit_map(sharded, **{_EMBED: last})
@@ -555,9 +582,10 @@ def test_tokenizer_is_missing(directory):
         ({"eos_token_id": [5, 1, 7]}, (1, 5, 7)),
     ],
 )
-def test_end_tokens(tokenizer, tmp_path, written, expected):
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_end_tokens(tokenizer, tmp_path, name, written, expected):
   loaded = convert.load_tokenizer(tokenizer)
   assert loaded.eos_token_id == 1
   if written is not None:
-    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    (tmp_path / name).write_text(json.dumps(written))
   assert convert.end_tokens(tmp_path, loaded) == expected

@@ -35,7 +35,11 @@ def _run(*command):
     ("error", "status", "line"),
     [
         ("errors.UserError('no such thing')", 2, "error: no such thing"),
-        ("KeyboardInterrupt()", 130, "interrupted; the same command resumes"),
+        (
+            "KeyboardInterrupt()",
+            130,
+            "interrupted; nothing is lost, run the same command again",
+        ),
         (
             "sqlite3.OperationalError('database or disk is full')",
             2,
@@ -63,6 +67,7 @@ def test_a_bug_keeps_its_traceback():
   assert "Traceback" in done.stderr and "a bug" in done.stderr
 
 
+@pytest.mark.slow  # Each starts a process that imports everything.
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

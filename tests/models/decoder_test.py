@@ -250,6 +250,19 @@ def test_bfloat16_is_close_to_transformers(tmp_path):
   assert ours < 1.25 * theirs
 
 
+def test_norms_of_another_dtype_are_cast(params):
+  """Merged QLoRA fine-tunes come with float32 norms among bfloat16 matrices."""
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  mixed = jax.tree_util.tree_map_with_path(
+      lambda path, x: x.astype(jnp.float32) if "norm" in path[-1].key else x,
+      narrow,
+  )
+  tokens = _tokens(2, 8)
+  hidden = _forward(_GROUPED, mixed, tokens)
+  assert hidden.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(hidden, _forward(_GROUPED, narrow, tokens))
+
+
 @pytest.mark.parametrize("head_dim", [12, 20, 128])
 @pytest.mark.parametrize("theta", [500.0, 1e4, 1e6])
 def test_rope_frequencies_are_those_of_transformers(theta, head_dim):

@@ -32,6 +32,8 @@ _GEMMA = {
     "query_scale": 7,
 }
 # What each family has beyond the others, and shapes of their own.
+# What is theirs is in the fast ones, too.
+_SLOW = ("llama", "qwen2", "gemma2")
 _FAMILIES = {
     "mistral": {"kv_heads": 1, "window": 5, "local": (True, True)},
     "llama": {
@@ -122,7 +124,13 @@ def test_greedy_matches_transformers(params, tmp_path):
     assert done == (_EOS in expected)
 
 
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(f, marks=[pytest.mark.slow] if f in _SLOW else [])
+        for f in _FAMILIES
+    ],
+)
 def test_64_greedy_tokens_match_transformers(family, tmp_path, random_params):
   """Left-padded together here, each prompt alone there; no EOS."""
   config = dataclasses.replace(

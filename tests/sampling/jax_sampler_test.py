@@ -34,7 +34,9 @@ _PROMPTS = ["Q: Ann has 12 apples", "A", "Ben has 3 toys. How", "There", "x y"]
 
 
 def _sampler(tokenizer, batch_size, seed=0):
-  sampler = sampling.JaxSampler(_CONFIG, tokenizer, batch_size)
+  sampler = sampling.JaxSampler(
+      _CONFIG, tokenizer, batch_size, (tokenizer.eos_token_id,)
+  )
   sampler.swap_weights(models.init_params(_CONFIG, seed))
   return sampler
 

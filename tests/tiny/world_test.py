@@ -49,6 +49,7 @@ def trained(tmp_path_factory):
   return directories
 
 
+@pytest.mark.slow
 def test_each_expert_adapted_one_group(trained):
   leaves = {}
   for name, directory in trained.items():
@@ -63,7 +64,9 @@ def test_each_expert_adapted_one_group(trained):
     assert all(not np.array_equal(expert[k], seed[k]) for k in seed)
 
 
-@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize(
+    "i", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))]
+)
 def test_the_house_stage_leaves_the_other_groups(i, monkeypatch):
   calls = []
   fit = world.fit
