@@ -184,7 +184,7 @@ def test_what_fails_leaves_the_old_and_nothing_else(directory, params):
       raise OSError(28, "No space left on device")
 
   before = (directory / _ONE_FILE).read_bytes()
-  with pytest.raises(convert.ConvertError, match="No space left.* make room"):
+  with pytest.raises(convert.ConvertError, match=r"No space left.* make room"):
     convert.save(directory, _DECODER, params | {"embed": Full()})
   assert (directory / _ONE_FILE).read_bytes() == before
   assert [path.name for path in directory.parent.iterdir()] == [directory.name]
