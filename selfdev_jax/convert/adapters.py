@@ -143,7 +143,9 @@ def load_adapter(
       shape = (
           (rank, matrix.shape[2]) if factor == "a" else (matrix.shape[1], rank)
       )
-      leaf = _leaf(path, tensors, names, shape)
+      leaf = files.find(
+          path, tensors, names, shape, "the decoder and the rank ask"
+      )
       unknown.difference_update(names)
       hf.set_path(params, f"{target}/{factor}", np.asarray(leaf))
   if unknown:
@@ -167,24 +169,6 @@ def _names(pattern: str, layers: int) -> dict[str, list[str]]:
       ]
       for factor in ("a", "b")
   }
-
-
-def _leaf(path, tensors, names, shape) -> files.Leaf:
-  for name in names:
-    if name not in tensors:
-      raise ConvertError(f"{path} lacks tensor {name}")
-    files.check_dtype(tensors[name])
-    if tensors[name].shape != shape:
-      raise ConvertError(
-          f"{path}: {name} has shape {tensors[name].shape}; the decoder and the"
-          f" rank ask for {shape}"
-      )
-    if tensors[name].dtype != tensors[names[0]].dtype:
-      raise ConvertError(
-          f"{path}: {name} has dtype {tensors[name].dtype}, but {names[0]} has"
-          f" {tensors[names[0]].dtype}"
-      )
-  return files.Leaf([tensors[name] for name in names], stacked=True)
 
 
 def apply_adapter(params: models.Params, adapter: Adapter) -> models.Params:

@@ -10,6 +10,7 @@ used straight from the page cache.
 import abc
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import itertools
@@ -209,6 +210,53 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def find(
+    where: pathlib.Path,
+    tensors: Mapping[str, Tensor],
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    asks: str,
+    stacked: bool = True,
+) -> Leaf:
+  """The leaf of the tensors with these names, checked.
+
+  Args:
+    where: the directory, for errors.
+    tensors: all it has.
+    names: one a layer, or one.
+    shape: of each.
+    asks: who asks for that shape, for errors.
+    stacked: whether they are layers.
+
+  Raises:
+    ConvertError: naming the tensor that is missing, or of another shape, or of
+      a dtype that is not supported or not that of the other layers.
+  """
+  found = []
+  for name in names:
+    if name not in tensors:
+      raise ConvertError(f"{where} lacks tensor {name}")
+    tensor = tensors[name]
+    if tensor.dtype not in _DTYPES:
+      raise ConvertError(
+          f"{tensor.path}: {name} has dtype {tensor.dtype}; supported:"
+          f" {', '.join(_DTYPES)}"
+      )
+    if tensor.shape != shape:
+      raise ConvertError(
+          f"{tensor.path}: {name} has shape {tensor.shape}, but {asks} for"
+          f" {shape}"
+      )
+    # Layers are stacked: of one dtype, and nothing is promoted.
+    if found and tensor.dtype != found[0].dtype:
+      raise ConvertError(
+          f"{tensor.path}: {name} has dtype {tensor.dtype}, but"
+          f" {found[0].name} has {found[0].dtype}"
+      )
+    found.append(tensor)
+  return Leaf(found, stacked)
+
+
 def put(leaf: Leaf, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
   """The leaf on its devices, each shard read on its own.
 
@@ -265,12 +313,3 @@ def write(path: pathlib.Path, leaves: Iterable[tuple[list[str], Any, bool]]):
 
 def nbytes(leaf: Any) -> int:
   return np.dtype(leaf.dtype).itemsize * math.prod(leaf.shape)
-
-
-def check_dtype(tensor: Tensor):
-  """Asserts that it is one of the floats that parameters have."""
-  if tensor.dtype not in _DTYPES:
-    raise ConvertError(
-        f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}; supported:"
-        f" {', '.join(_DTYPES)}"
-    )

@@ -199,26 +199,11 @@ def open_leaves(
   ):
     stacked = is_stacked(path)
     shape = abstract.shape[1:] if stacked else abstract.shape
-    parts = []
-    for name in names:
-      if name not in tensors:
-        raise ConvertError(f"{directory} lacks tensor {name}")
-      unknown.discard(name)
-      tensor = tensors[name]
-      files.check_dtype(tensor)
-      if tensor.shape != shape:
-        raise ConvertError(
-            f"{tensor.path}: {name} has shape {tensor.shape}, but config.json"
-            f" asks for {shape}"
-        )
-      # Layers are stacked: of one dtype, and nothing is promoted.
-      if parts and tensor.dtype != parts[0].dtype:
-        raise ConvertError(
-            f"{tensor.path}: {name} has dtype {tensor.dtype}, but"
-            f" {parts[0].name} has {parts[0].dtype}"
-        )
-      parts.append(tensor)
-    set_path(leaves, path, files.Leaf(parts, stacked))
+    leaf = files.find(
+        directory, tensors, names, shape, "config.json asks", stacked
+    )
+    unknown.difference_update(names)
+    set_path(leaves, path, leaf)
   table = families.FAMILIES[config.family].table
   if config.tied_head and table["head"] in unknown:
     unknown.remove(table["head"])
