@@ -93,7 +93,8 @@ def save_adapter(
       "target_modules": sorted(targets),
       "inference_mode": True,
   }
-  with hf.new_directory(directory) as new:
+  nbytes = sum(files.nbytes(leaf) for _, leaf, _ in leaves)
+  with hf.new_directory(directory, nbytes) as new:
     files.write(new / _WEIGHTS, leaves)
     hf.write_json(new / _CONFIG, settings)
 

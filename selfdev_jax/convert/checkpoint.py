@@ -40,7 +40,7 @@ class SavedLeaf(files.Lazy):
     abstract = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
     wanted: models.Params = {}
     hf.set_path(wanted, self._path, abstract)
-    with _context(), _named(self._checkpoint.parent):
+    with _context(), _named(self._checkpoint.parent, "read"):
       return hf.get_path(ocp.load(self._checkpoint, wanted), self._path)
 
   def tensors(self) -> Iterator[np.ndarray]:
@@ -54,25 +54,24 @@ class SavedLeaf(files.Lazy):
             "path": self._path.replace("/", ".") + "/",
         },
     }
-    with _named(self._checkpoint.parent):
+    with _named(self._checkpoint.parent, "read"):
       array = tensorstore.open(spec, open=True, read=True).result()
     stacked = hf.is_stacked(self._path)
     for part in range(self.shape[0]) if stacked else [...]:
-      with _named(self._checkpoint.parent):
+      with _named(self._checkpoint.parent, "read"):
         value = array[part].read().result()
       yield value
 
 
 @contextlib.contextmanager
-def _named(directory: str | os.PathLike) -> Iterator[None]:
+def _named(directory: str | os.PathLike, verb: str) -> Iterator[None]:
   """What goes wrong in a checkpoint is one line that names it."""
   try:
     yield
   except Exception as error:  # Orbax's, tensorstore's and the file system's.
     reason = str(error.__cause__ or error).partition("[tensorstore_spec")[0]
     raise ConvertError(
-        f"{directory} cannot be read: {' '.join(reason.split())}; it may be"
-        " cut short"
+        f"{directory} cannot be {verb}: {' '.join(reason.split())}"
     ) from None
 
 
@@ -106,8 +105,10 @@ def save_checkpoint(
   """
   like = None if like is None else pathlib.Path(like)
   leaves = list(hf.named_leaves(config, params))
+  sizes = [files.nbytes(leaf) for _, leaf, _ in leaves]
+  # One leaf at a time is there twice: see `_whole`.
   with (
-      hf.new_directory(directory) as new,
+      hf.new_directory(directory, sum(sizes) + max(sizes)) as new,
       _context(),
       progress.bar("Writing the checkpoint", len(leaves), "leaf") as shown,
   ):
@@ -118,9 +119,11 @@ def save_checkpoint(
     for path, leaf, _ in leaves:
       part: models.Params = {}
       hf.set_path(part, path, _whole(leaf, new))
-      ocp.partial.save(target, part)
+      with _named(directory, "written"):
+        ocp.partial.save(target, part)
       shown.update()
-    ocp.partial.finalize(target)
+    with _named(directory, "written"):
+      ocp.partial.finalize(target)
 
 
 def _whole(leaf: Any, scratch: pathlib.Path) -> jax.Array | np.ndarray:
@@ -158,7 +161,7 @@ def open_checkpoint(
         f" {_PARAMS}/ or {_SETTINGS}/"
     )
   config = hf.read_config(path / _SETTINGS)
-  with _named(directory):
+  with _named(directory, "read"):
     saved = ocp.metadata(path / _PARAMS).metadata
     if saved is None:  # Orbax has logged why.
       raise ValueError("its metadata is damaged")

@@ -31,14 +31,12 @@ _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_VOCABULARY = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 _CARRIED = (
-    "tokenizer.json",
+    *_VOCABULARY,
     "tokenizer_config.json",
-    "tokenizer.model",
-    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
@@ -274,7 +272,8 @@ def save(
       leaf with its layers is never cut.
   """
   like = None if like is None else pathlib.Path(like)
-  with new_directory(directory) as new:
+  nbytes = sum(map(files.nbytes, jax.tree.leaves(params)))
+  with new_directory(directory, nbytes) as new:
     _write_weights(new, config, params, max_shard_bytes)
     dtype = str(np.dtype(params["embed"].dtype))
     write_settings(new, config, dtype, like)
@@ -370,11 +369,17 @@ def set_path(tree: models.Params, path: str, value: Any):
 
 
 @contextlib.contextmanager
-def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_directory(
+    directory: str | os.PathLike, nbytes: int
+) -> Iterator[pathlib.Path]:
   """A directory to fill; only when it is whole does it take its name.
 
+  Args:
+    directory: made anew; an existing one is replaced.
+    nbytes: what will be written, about.
+
   Raises:
-    ConvertError: if the disk is full, or the place not one to write to.
+    ConvertError: if the disk has no room, or the place is not one to write to.
   """
   target = pathlib.Path(directory)
   partial, old = (
@@ -384,6 +389,13 @@ def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
     for path in (partial, old):  # Of a run that was killed.
       shutil.rmtree(path, ignore_errors=True)
     partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < nbytes:
+      raise ConvertError(
+          f"{target} needs {nbytes / 1e6:,.0f} MB, and its disk has"
+          f" {free / 1e6:,.0f} MB left; make room for it and run the same"
+          " command again"
+      )
     yield partial
     if target.exists():
       target.rename(old)
@@ -406,6 +418,13 @@ def load_tokenizer(
   Raises:
     ConvertError: if it is missing, unreadable or has no EOS token.
   """
+  # Of some families transformers makes an empty one where there is none.
+  if not any(
+      (pathlib.Path(directory) / name).is_file() for name in _VOCABULARY
+  ):
+    raise ConvertError(
+        f"no tokenizer in {directory}: it has none of {', '.join(_VOCABULARY)}"
+    )
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(directory), local_files_only=True

@@ -96,6 +96,19 @@ def _assert_equal(x, y):
   assert x == y
 
 
+def test_what_orbax_cannot_write_is_one_line(tmp_path, params, monkeypatch):
+  def fail(*args):
+    raise ValueError("No space left\non device [tensorstore_spec='{...}']")
+
+  monkeypatch.setattr(checkpoint_lib.ocp.partial, "save", fail)
+  with pytest.raises(convert.ConvertError) as caught:
+    convert.save_checkpoint(tmp_path / "new", _DECODER, params)
+  assert str(caught.value).endswith(
+      "new cannot be written: No space left on device"
+  )
+  assert not list(tmp_path.iterdir())
+
+
 def test_one_that_is_not_in_files_yet(tmp_path, params, checkpoint):
   """Leaves of a directory whose layers lie apart; an adapter is such, too."""
   model = tmp_path / "model"
