@@ -196,6 +196,7 @@ def test_first_step_by_hand(params, start):
   jax.tree.map(check, start, adapter, jax.tree.map(np.asarray, gradient))
 
 
+@pytest.mark.slow
 def test_bfloat16_base_float32_adapter(params, start):
   narrow = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
   # JAX cannot lower its own attention's bfloat16 gradient under "strict".

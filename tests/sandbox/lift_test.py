@@ -28,7 +28,15 @@ def _inputs(shape):
   return base, task_vectors
 
 
-@pytest.mark.parametrize("path", _GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [  # Every third with the fast ones.
+        pytest.param(
+            path, id=path.stem, marks=[pytest.mark.slow] if i % 3 else []
+        )
+        for i, path in enumerate(_GOLDEN)
+    ],
+)
 def test_kernels_equal_the_whole_program(path, box):
   admitted = box.admit(path.read_text())
   if isinstance(admitted, sandbox.Rejection):  # Not for vectors.

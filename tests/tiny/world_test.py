@@ -64,9 +64,8 @@ def test_each_expert_adapted_one_group(trained):
     assert all(not np.array_equal(expert[k], seed[k]) for k in seed)
 
 
-@pytest.mark.parametrize(
-    "i", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("i", range(3))
 def test_the_house_stage_leaves_the_other_groups(i, monkeypatch):
   calls = []
   fit = world.fit
@@ -98,6 +97,7 @@ def test_the_house_stage_leaves_the_other_groups(i, monkeypatch):
   assert any(a != b for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_of_what_it_counts():
   documents = corpus.equations(random.Random(0), 200)
   tokenizer = corpus.train_tokenizer(documents, 290)
