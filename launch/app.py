@@ -41,10 +41,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     except errors.UserError as error:
       _fail(str(error))
     except KeyboardInterrupt:
-      print(
-          "\ninterrupted; nothing is lost, run the same command again",
-          file=sys.stderr,
-      )
+      print(f"\n{_INTERRUPTED}", file=sys.stderr)
       sys.exit(130)
     except (OSError, sqlite3.OperationalError) as error:
       is_full = getattr(error, "errno", None) == errno.ENOSPC

@@ -265,8 +265,7 @@ def put(leaf: Leaf, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
   copies it.
   """
   if sharding is None:
-    whole = leaf[(slice(None),) * len(leaf.shape)]
-    return jax.device_put(whole, may_alias=True)
+    return jax.device_put(np.asarray(leaf), may_alias=True)
   indices = sharding.addressable_devices_indices_map(leaf.shape)
   shards = [
       jax.device_put(leaf[index], device, may_alias=True)
