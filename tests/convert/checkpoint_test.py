@@ -48,16 +48,6 @@ def checkpoint(_saved, tmp_path) -> pathlib.Path:
   return tmp_path / "checkpoint"
 
 
-def _assert_same_bits(got, expected):
-  assert jax.tree.structure(got) == jax.tree.structure(expected)
-
-  def check(x, y):
-    assert (x.dtype, x.shape) == (y.dtype, y.shape)
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-  jax.tree.map(check, got, expected)
-
-
 def _mesh(rows, columns):
   devices = np.array(jax.devices()).reshape(rows, columns)
   return models.shardings(
@@ -66,27 +56,27 @@ def _mesh(rows, columns):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_round_trip_is_bitwise(tmp_path, params, dtype):
+def test_round_trip_is_bitwise(tmp_path, params, dtype, assert_same_bits):
   narrow = jax.tree.map(lambda x: np.asarray(x, dtype), params)
   path = tmp_path / "checkpoint"
   convert.save_checkpoint(path, _DECODER, narrow)
   config, restored = convert.restore(path)
   assert config == _DECODER
-  _assert_same_bits(restored, narrow)
+  assert_same_bits(restored, narrow)
   config, leaves, _ = convert.open_checkpoint(path)
   assert config == _DECODER
   assert all(isinstance(x, files.Lazy) for x in jax.tree.leaves(leaves))
-  _assert_same_bits(jax.tree.map(np.asarray, leaves), narrow)
+  assert_same_bits(jax.tree.map(np.asarray, leaves), narrow)
   assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_another_mesh(tmp_path, params):
+def test_another_mesh(tmp_path, params, assert_same_bits):
   placed = jax.tree.map(jax.device_put, params, _mesh(4, 2))
   path = tmp_path / "checkpoint"
   convert.save_checkpoint(path, _DECODER, placed)
   shardings = _mesh(2, 4)
   _, restored = convert.restore(path, shardings)
-  _assert_same_bits(restored, params)
+  assert_same_bits(restored, params)
   jax.tree.map(lambda x, s: _assert_equal(x.sharding, s), restored, shardings)
   q = restored["layers"]["attention"]["q"]
   assert q.addressable_shards[0].data.shape == (2, 4, 8)
@@ -109,7 +99,9 @@ def test_what_orbax_cannot_write_is_one_line(tmp_path, params, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_one_that_is_not_in_files_yet(tmp_path, params, checkpoint):
+def test_one_that_is_not_in_files_yet(
+    tmp_path, params, checkpoint, assert_same_bits
+):
   """Leaves of a directory whose layers lie apart; an adapter is such, too."""
   model = tmp_path / "model"
   convert.save(model, _DECODER, params)
@@ -122,7 +114,7 @@ def test_one_that_is_not_in_files_yet(tmp_path, params, checkpoint):
   config, leaves = convert.open_leaves(model)
   assert np.asarray(leaves["layers"]["mlp"]["up"]).flags.writeable
   convert.save_checkpoint(tmp_path / "again", config, leaves, like=model)
-  _assert_same_bits(convert.restore(tmp_path / "again")[1], params)
+  assert_same_bits(convert.restore(tmp_path / "again")[1], params)
   names = [p.name for p in (tmp_path / "again").iterdir()]
   assert sorted(names) == ["hf", "params"]
 
@@ -264,12 +256,12 @@ def test_the_metadata_is_cut(checkpoint, monkeypatch):
     convert.open_checkpoint(checkpoint)
 
 
-def test_zeros_are_kept(tmp_path, params):
+def test_zeros_are_kept(tmp_path, params, assert_same_bits):
   """A store may leave them out and then take them for missing."""
   zeros = jax.tree.map(np.zeros_like, params)
   convert.save_checkpoint(tmp_path / "checkpoint", _DECODER, zeros)
   _, leaves, _ = convert.open_checkpoint(tmp_path / "checkpoint")
-  _assert_same_bits(jax.tree.map(np.asarray, leaves), zeros)
+  assert_same_bits(jax.tree.map(np.asarray, leaves), zeros)
 
 
 class _Stops(files.Lazy):
@@ -283,7 +275,7 @@ class _Stops(files.Lazy):
 
 
 def test_stopped_half_way_there_is_no_such_directory(
-    tmp_path, params, checkpoint
+    tmp_path, params, checkpoint, assert_same_bits
 ):
   layers = params["layers"]
   broken = params | {
@@ -298,7 +290,7 @@ def test_stopped_half_way_there_is_no_such_directory(
       save(path, _DECODER, broken)
   assert not (tmp_path / "new").exists() and not (tmp_path / "model").exists()
   # What was there before is there still.
-  _assert_same_bits(convert.restore(checkpoint)[1], params)
+  assert_same_bits(convert.restore(checkpoint)[1], params)
   # And what was left lying about is in nobody's way.
   convert.save_checkpoint(tmp_path / "new", _DECODER, params)
-  _assert_same_bits(convert.restore(tmp_path / "new")[1], params)
+  assert_same_bits(convert.restore(tmp_path / "new")[1], params)

@@ -42,16 +42,6 @@ def _cast(params, dtype):
   return jax.tree.map(lambda x: np.asarray(x, dtype), params)
 
 
-def _assert_same_bits(got, expected):
-  assert jax.tree.structure(got) == jax.tree.structure(expected)
-
-  def check(x, y):
-    assert (x.dtype, x.shape) == (y.dtype, y.shape)
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-  jax.tree.map(check, got, expected)
-
-
 def _shift(directory: pathlib.Path, by: int):
   """Moves the tensors of a model by so many bytes; as valid a file."""
   path = directory / "model.safetensors"
@@ -98,13 +88,13 @@ def _leaves():
   ]
 
 
-def test_the_library_reads_what_is_written(tmp_path):
+def test_the_library_reads_what_is_written(tmp_path, assert_same_bits):
   path = tmp_path / "x.safetensors"
   files.write(path, _leaves())
   (_, odd, _), (_, pair, _), (_, bf16, _), (_, f16, _) = _leaves()
   expected = {"odd": odd, "one": pair[0], "two": pair[1]}
   expected |= {"bf16": bf16, "f16": f16}
-  _assert_same_bits(safetensors.numpy.load_file(path), expected)
+  assert_same_bits(safetensors.numpy.load_file(path), expected)
   with safetensors.safe_open(path, framework="numpy") as file:
     assert file.metadata() == {"format": "pt"}  # transformers asks for it.
 
@@ -121,7 +111,9 @@ def test_leaves_are_aligned_where_they_can_be(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
-def test_reads_what_the_library_writes(tmp_path, params, dtype):
+def test_reads_what_the_library_writes(
+    tmp_path, params, dtype, assert_same_bits
+):
   narrow = _cast(params, dtype)
   convert.save(tmp_path / "model", _DECODER, narrow)
   path = tmp_path / "model" / "model.safetensors"
@@ -129,27 +121,29 @@ def test_reads_what_the_library_writes(tmp_path, params, dtype):
   tensors = safetensors.numpy.load_file(path)
   path.unlink()
   safetensors.numpy.save_file(tensors, path)
-  _assert_same_bits(convert.load(tmp_path / "model")[1], narrow)
+  assert_same_bits(convert.load(tmp_path / "model")[1], narrow)
   _, leaves = convert.open_leaves(tmp_path / "model")
   assert np.asarray(leaves["layers"]["attention"]["q"]).flags.writeable
 
 
 @pytest.mark.parametrize("by", [1, 8])
 @pytest.mark.parametrize("dtype", _DTYPES)
-def test_reads_what_is_out_of_line(tmp_path, params, dtype, by):
+def test_reads_what_is_out_of_line(
+    tmp_path, params, dtype, by, assert_same_bits
+):
   narrow = _cast(params, dtype)
   convert.save(tmp_path / "model", _DECODER, narrow)
   _shift(tmp_path / "model", by)
-  _assert_same_bits(convert.load(tmp_path / "model")[1], narrow)
+  assert_same_bits(convert.load(tmp_path / "model")[1], narrow)
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
-def test_reads_odd_sizes(tmp_path, random_params, dtype):
+def test_reads_odd_sizes(tmp_path, random_params, dtype, assert_same_bits):
   params = _cast(random_params(_ODD), dtype)
   convert.save(tmp_path / "model", _ODD, params)
-  _assert_same_bits(convert.load(tmp_path / "model")[1], params)
+  assert_same_bits(convert.load(tmp_path / "model")[1], params)
   _, leaves = convert.open_leaves(tmp_path / "model")
-  _assert_same_bits(jax.tree.map(np.asarray, leaves), params)
+  assert_same_bits(jax.tree.map(np.asarray, leaves), params)
 
 
 def test_aligned_leaves_are_not_copied(directory):
@@ -172,7 +166,7 @@ def test_a_file_replaced_before_it_is_read_is_told(directory, params):
 
 
 @pytest.mark.parametrize("how", ["replaced", "deleted", "saved again"])
-def test_arrays_outlive_their_file(directory, params, how):
+def test_arrays_outlive_their_file(directory, params, how, assert_same_bits):
   _, loaded = convert.load(directory)
   other = jax.tree.map(np.zeros_like, params)
   if how == "replaced":
@@ -181,19 +175,19 @@ def test_arrays_outlive_their_file(directory, params, how):
     shutil.rmtree(directory)
   else:  # Its own leaves are its source.
     convert.save(directory, _DECODER, loaded)
-    _assert_same_bits(convert.load(directory)[1], params)
-  _assert_same_bits(loaded, params)
+    assert_same_bits(convert.load(directory)[1], params)
+  assert_same_bits(loaded, params)
 
 
 @pytest.mark.parametrize("by", [0, 1])
-def test_each_device_reads_its_shard(directory, params, by):
+def test_each_device_reads_its_shard(directory, params, by, assert_same_bits):
   _shift(directory, by)
   mesh = jax.sharding.Mesh(
       np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor")
   )
   shardings = models.shardings(_DECODER, mesh)
   _, loaded = convert.load(directory, shardings)
-  _assert_same_bits(loaded, params)
+  assert_same_bits(loaded, params)
   shapes = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, loaded)
   layers = shapes["layers"]
   assert layers["attention"]["q"] == (2, 8, 4)

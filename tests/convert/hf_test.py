@@ -79,16 +79,6 @@ def _cast(params, dtype):
   return jax.tree.map(lambda x: np.asarray(x, dtype), params)
 
 
-def _assert_same_bits(got, expected):
-  assert jax.tree.structure(got) == jax.tree.structure(expected)
-
-  def check(x, y):
-    assert (x.dtype, x.shape) == (y.dtype, y.shape)
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-  jax.tree.map(check, got, expected)
-
-
 def _transformers(directory):
   """(the model in its files' dtype, its tensors by name)."""
   hf = transformers.AutoModelForCausalLM.from_pretrained(
@@ -114,7 +104,7 @@ def _edit_tensors(directory, edit):
 
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_round_trip_is_bitwise(tmp_path, params, dtype, tied):
+def test_round_trip_is_bitwise(tmp_path, params, dtype, tied, assert_same_bits):
   config = dataclasses.replace(_DECODER, tied_head=tied)
   narrow = _cast(params, dtype)
   if tied:
@@ -123,7 +113,7 @@ def test_round_trip_is_bitwise(tmp_path, params, dtype, tied):
   convert.save(one, config, narrow)
   loaded_config, loaded = convert.load(one)
   assert loaded_config == config == convert.read_config(one)
-  _assert_same_bits(loaded, narrow)
+  assert_same_bits(loaded, narrow)
   assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(loaded))
   convert.save(two, config, loaded)
   assert (one / _ONE_FILE).read_bytes() == (two / _ONE_FILE).read_bytes()
@@ -131,7 +121,7 @@ def test_round_trip_is_bitwise(tmp_path, params, dtype, tied):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_there_and_back_from_transformers(tmp_path, tied):
+def test_there_and_back_from_transformers(tmp_path, tied, assert_same_bits):
   """What transformers wrote, in several files, is what it reads again."""
   config = transformers.MistralConfig(
       vocab_size=37,
@@ -155,14 +145,14 @@ def test_there_and_back_from_transformers(tmp_path, tied):
   back, tensors = _transformers(tmp_path / "ours")
   assert back.dtype == torch.float16
   expected = {name: x.numpy() for name, x in hf.state_dict().items()}
-  _assert_same_bits(tensors, expected)
+  assert_same_bits(tensors, expected)
   for name in ("config.json", "generation_config.json"):
     assert (tmp_path / "ours" / name).read_bytes() == (
         tmp_path / "theirs" / name
     ).read_bytes()
 
 
-def test_several_files_and_their_index(sharded, params):
+def test_several_files_and_their_index(sharded, params, assert_same_bits):
   shards = sorted(p.name for p in sharded.glob("*.safetensors"))
   assert len(shards) == 3 and shards[0] == "model-00001-of-00003.safetensors"
   assert not (sharded / _ONE_FILE).exists()
@@ -170,7 +160,7 @@ def test_several_files_and_their_index(sharded, params):
   sizes = sum(x.nbytes for x in jax.tree.leaves(params))
   assert index["metadata"]["total_size"] == sizes
   assert set(index["weight_map"].values()) == set(shards)
-  _assert_same_bits(convert.load(sharded)[1], params)
+  assert_same_bits(convert.load(sharded)[1], params)
   _, tensors = _transformers(sharded)
   np.testing.assert_array_equal(tensors[_UP], params["layers"]["mlp"]["up"][1])
   np.testing.assert_array_equal(tensors[_HEAD], params["head"])
@@ -191,14 +181,14 @@ def test_what_fails_leaves_the_old_and_nothing_else(directory, params):
 
 
 def test_a_disk_without_room_is_told_before_it_is_full(
-    directory, params, monkeypatch
+    directory, params, monkeypatch, assert_same_bits
 ):
   usage = shutil.disk_usage(directory)._replace(free=5_000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
   with pytest.raises(convert.ConvertError, match="its disk has 0 MB left"):
     convert.save(directory, _DECODER, params)
   assert [path.name for path in directory.parent.iterdir()] == [directory.name]
-  _assert_same_bits(convert.load(directory)[1], params)
+  assert_same_bits(convert.load(directory)[1], params)
 
 
 def test_a_place_that_is_no_directory(directory, params):
@@ -441,20 +431,20 @@ def test_the_index_is_malformed(sharded, weight_map):
   _assert_refused(sharded, "weight_map|outside|lacks")
 
 
-def test_old_buffers_are_ignored(directory, params):
+def test_old_buffers_are_ignored(directory, params, assert_same_bits):
   name = "model.layers.0.self_attn.rotary_emb.inv_freq"
   _replace(name, np.zeros(2, np.int32))(directory)
-  _assert_same_bits(convert.load(directory)[1], params)
+  assert_same_bits(convert.load(directory)[1], params)
 
 
-def test_a_tied_head_may_be_in_the_file(tmp_path, params):
+def test_a_tied_head_may_be_in_the_file(tmp_path, params, assert_same_bits):
   config = dataclasses.replace(_DECODER, tied_head=True)
   tied = {k: v for k, v in params.items() if k != "head"}
   convert.save(tmp_path / "model", config, tied)
   _replace(_HEAD, params["embed"])(tmp_path / "model")
   loaded_config, loaded = convert.load(tmp_path / "model")
   assert loaded_config == config
-  _assert_same_bits(loaded, tied)
+  assert_same_bits(loaded, tied)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -471,7 +461,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path, params, dtype):
 
 @pytest.mark.parametrize("place", ["plain", "a place's"])
 def test_pickles_are_refused_with_what_converts_them(
-    tmp_path, params, place, monkeypatch
+    tmp_path, params, place, monkeypatch, assert_same_bits
 ):
   directory = tmp_path / place
   convert.save(directory, _DECODER, params)
@@ -489,7 +479,7 @@ def test_pickles_are_refused_with_what_converts_them(
   exec(arguments[1], {})
   config, after = convert.load(directory)
   assert config == _DECODER
-  _assert_same_bits(after, before)
+  assert_same_bits(after, before)
 
 
 def test_no_directory(tmp_path):
@@ -542,10 +532,10 @@ def test_a_hub_repository_without_safetensors(snapshot):
         f"org/na.me-1@{_SHA}",
     ],
 )
-def test_a_hub_id_is_its_snapshot(snapshot, params, name):
+def test_a_hub_id_is_its_snapshot(snapshot, params, name, assert_same_bits):
   convert.save(snapshot, _DECODER, params)
   assert convert.resolve(name) == snapshot.resolve()
-  _assert_same_bits(convert.load(convert.resolve(name))[1], params)
+  assert_same_bits(convert.load(convert.resolve(name))[1], params)
 
 
 @pytest.mark.parametrize("name", ["org/name", "org/name@v2"])

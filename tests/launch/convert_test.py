@@ -2,11 +2,9 @@
 
 import filecmp
 import pathlib
-import runpy
 import subprocess
 import sys
 
-from absl import flags
 import jax
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from selfdev_jax import models
 from selfdev_jax.tiny import corpus
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_SCRIPT = _ROOT / "launch" / "convert.py"
+SCRIPT = _ROOT / "launch" / "convert.py"
 _DECODER = models.DecoderConfig(
     vocab_size=37,
     embed=16,
@@ -28,28 +26,6 @@ _DECODER = models.DecoderConfig(
     mlp=24,
     max_positions=128,
 )
-
-
-@pytest.fixture
-def launch():
-  """launch(flag=value, ...) runs the script's main; a process costs 5 s."""
-  before = set(flags.FLAGS)
-  try:
-    script = runpy.run_path(str(_SCRIPT), run_name="launched")
-
-    def run(**values):
-      for name in set(flags.FLAGS) - before:
-        flags.FLAGS[name].unparse()
-      for name, value in values.items():
-        flags.FLAGS[name].parse(str(value))
-      flags.FLAGS.mark_as_parsed()
-      script["main"]([])
-
-    yield run
-  finally:
-    for name in set(flags.FLAGS) - before:
-      delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +73,8 @@ def _assert_same_directory(one, two):
   assert filecmp.cmpfiles(one, two, names, shallow=False) == (names, [], [])
 
 
-def test_there_and_back(launch, model, tmp_path, capsys):
-  launch(hf=model, out=tmp_path / "orbax")
-  line = capsys.readouterr().out
+def test_there_and_back(launch, model, tmp_path):
+  line = launch(hf=model, out=tmp_path / "orbax")
   count = sum(
       np.prod(x.shape)
       for x in jax.tree.leaves(models.abstract_params(_DECODER))

@@ -2,12 +2,10 @@
 
 import json
 import pathlib
-import runpy
 import shutil
 import subprocess
 import sys
 
-from absl import flags
 import numpy as np
 import pytest
 import torch
@@ -20,7 +18,7 @@ from selfdev_jax import sampling
 from selfdev_jax.tiny import corpus
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_SCRIPT = _ROOT / "launch" / "generate.py"
+SCRIPT = _ROOT / "launch" / "generate.py"
 _VOCAB = 280
 _DECODER = models.DecoderConfig(
     vocab_size=_VOCAB,
@@ -37,30 +35,6 @@ _TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %} [answer]{% endif %}"
 )
 _PROMPT, _NEW = "two and two is", 12
-
-
-@pytest.fixture
-def launch(capsys):
-  """launch(flag=value, ...) runs main, gives what it printed."""
-  before = set(flags.FLAGS)
-  try:
-    script = runpy.run_path(str(_SCRIPT), run_name="launched")
-
-    def run(**values):
-      for name in set(flags.FLAGS) - before:
-        flags.FLAGS[name].unparse()
-      for name, value in values.items():
-        flags.FLAGS[name].parse(str(value))
-      flags.FLAGS.mark_as_parsed()
-      capsys.readouterr()
-      script["main"]([])
-      return capsys.readouterr().out
-
-    yield run
-  finally:
-    for name in set(flags.FLAGS) - before:
-      delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
 
 
 @pytest.fixture(scope="module")
