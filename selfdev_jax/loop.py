@@ -61,6 +61,7 @@ class Models:
   decoder: models.DecoderConfig
   seed: models.Params
   experts: Mapping[str, models.Params]
+  merger: merging.Merger
   tokenizer: transformers.PreTrainedTokenizerBase
   directory: pathlib.Path  # The seed model's.
 
@@ -152,12 +153,11 @@ def _load(config, paths) -> Models:
     theirs, experts[name] = convert.load(paths[name])
     for difference in _differences(decoder, theirs):
       progress.note(f"expert {name} {difference}")
-  merging.check_experts(seed, experts, config.seed_model)
-  for note in merging.vocabulary_notes(seed, experts, config.merge.scope):
+  merger = merging.Merger(seed, experts, scope=config.merge.scope)
+  for note in merger.notes:
     progress.note(note)
-  return Models(
-      decoder, seed, experts, convert.load_tokenizer(seed_path), seed_path
-  )
+  tokenizer = convert.load_tokenizer(seed_path)
+  return Models(decoder, seed, experts, merger, tokenizer, seed_path)
 
 
 def _differences(
@@ -175,9 +175,8 @@ def _differences(
 
 
 def _sandbox(config, loaded) -> sandbox.Sandbox:
-  experts = list(loaded.experts.values())
-  shapes = merging.leaf_shapes(loaded.seed, experts, config.merge.scope)
-  return sandbox.Sandbox(config.sandbox, shapes, len(experts))
+  shapes = loaded.merger.shapes
+  return sandbox.Sandbox(config.sandbox, shapes, len(loaded.experts))
 
 
 def _git_revision() -> str:
@@ -216,6 +215,16 @@ def _program(digest: str) -> str:
   return records.PROGRAM + digest
 
 
+def _sweep_settings(family: str, settings: str) -> tuple[str, dict[str, Any]]:
+  """Method and parameters behind a name that `_sweep` gave."""
+  values = [float(part.split("=")[-1]) for part in settings.split(",")]
+  if family == "ties":
+    density, scale = values
+    return "ties", {"weight": 1.0, "density": density, "lambda_": scale}
+  # One scale for all experts, or a weight for each.
+  return "task_arithmetic", {"weight": values if values[1:] else values[0]}
+
+
 def _where(arm: str, t: int) -> str:
   """How a progress bar begins; empty outside of the iterations."""
   return f"Iteration {t}, {arm}: " if t else ""
@@ -235,6 +244,7 @@ class _Run:
     self._archive = archive
     self._models = loaded
     self._box = box
+    self._merged: models.Params | None = None  # The last merge's result.
     self._prompt = programs.load_prompt(config.propose.prompt)
     self._task = evaluation.get(config.evaluate.task)
     eos = convert.end_tokens(loaded.directory, loaded.tokenizer)
@@ -406,14 +416,6 @@ class _Run:
         self._score(name, split)
         bar.update()
 
-  def _method(self, name: str) -> merging.Method:
-    """The merge behind the name of a score."""
-    family, _, settings = name.partition(":")
-    if family == "program":
-      return sandbox.kernels(self._archive.program(settings))
-    values = [float(part.split("=")[-1]) for part in settings.split(",")]
-    return merging.constant(merging.METHODS[family], values)
-
   def _merge(self, name: str) -> tuple[models.Params, bool]:
     """(merged parameters, whether there are any and all are finite)."""
     family, _, settings = name.partition(":")
@@ -421,19 +423,22 @@ class _Run:
       return self._models.seed, True
     if family == "expert":
       return self._models.experts[settings], True
-    try:
-      return merging.merge(
-          self._method(name),
-          self._models.seed,
-          list(self._models.experts.values()),
-          self._config.merge.scope,
-      )
-    except Exception:
-      # What passed the verifier can still be more than XLA compiles or this
-      # device holds, and would be again on every resume: a verdict, no crash.
-      if not name.startswith(records.PROGRAM):
-        raise
-      return {}, False
+    # What the judge last held is overwritten: it gets the next one.
+    into, self._merged = self._merged, None
+    merger = self._models.merger
+    if name.startswith(records.PROGRAM):
+      try:
+        self._merged, is_finite = merger.run(
+            sandbox.kernels(self._archive.program(settings)), into
+        )
+      except Exception:
+        # What passed the verifier can still be more than XLA compiles or this
+        # device holds, and would be again on every resume: a verdict.
+        return {}, False
+      return self._merged, is_finite
+    method, parameters = _sweep_settings(family, settings)
+    self._merged = merger.merge(method, into=into, **parameters)
+    return self._merged, True
 
   def _score(self, name: str, split: str):
     start = time.monotonic()

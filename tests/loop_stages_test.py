@@ -45,14 +45,14 @@ class _Words:
 @pytest.fixture
 def run(tmp_path):
   seed, a, b = (models.init_params(_DECODER, i) for i in range(3))
+  experts = {"a": a, "b": b}
+  merger = merging.Merger(seed, experts, scope="mlp")
   loaded = loop.Models(
-      _DECODER, seed, {"a": a, "b": b}, _Words(), pathlib.Path("seed")
+      _DECODER, seed, experts, merger, _Words(), pathlib.Path("seed")
   )
   with (
       store_lib.Store.create(tmp_path, _CONFIG, {}, {}) as archive,
-      sandbox.Sandbox(
-          _CONFIG.sandbox, merging.leaf_shapes(seed, [a, b], "mlp"), 2
-      ) as box,
+      sandbox.Sandbox(_CONFIG.sandbox, merger.shapes, 2) as box,
   ):
     yield loop._Run(_CONFIG, archive, loaded, box)
 
@@ -129,20 +129,31 @@ def test_new_programs_are_new_to_their_arm(run):
   ]
 
 
-def test_sweeps_have_the_budget_and_their_names_give_the_method_back(run):
-  base = jnp.float32([1.0, -2.0, 3.0])
-  taus = [jnp.float32([0.5, 0.1, -0.1]), jnp.float32([0.3, -0.2, 0.1])]
+def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(run):
+  seed, a, b = run._models.seed, *run._models.experts.values()
   for family in records.SWEEPS:
     names = run._sweep(family, 30)
     assert names == run._sweep(family, 30) and len(set(names)) == 30
-    for name in (names[0], names[-1]):
-      fn, coefficients = run._method(name)((3,))
-      assert fn is merging.METHODS[family]
-      settings = [
-          float(s.split("=")[-1]) for s in name.split(":")[1].split(",")
-      ]
-      np.testing.assert_allclose(coefficients, settings, rtol=1e-6)
-      assert np.isfinite(fn(base, taus, jnp.asarray(coefficients))).all()
+  key = lambda tree: np.asarray(tree["layers"]["mlp"]["up"])
+  taus = [key(expert) - key(seed) for expert in (a, b)]
+  for name, expected in (
+      ("task_arithmetic:scale=0.5", 0.5 * (taus[0] + taus[1])),
+      ("weights:0.5,-0.25", 0.5 * taus[0] - 0.25 * taus[1]),
+      # All is kept: the mean of those that have the sign of the sum.
+      (
+          "ties:density=1.0,scale=2.0",
+          np.where(taus[0] * taus[1] > 0, taus[0] + taus[1], 0)
+          + 2
+          * np.where(
+              taus[0] * taus[1] > 0,
+              0,
+              np.where(abs(taus[0]) > abs(taus[1]), taus[0], taus[1]),
+          ),
+      ),
+  ):
+    merged, finite = run._merge(name)
+    assert finite
+    np.testing.assert_allclose(key(merged), key(seed) + expected, atol=1e-5)
 
 
 def test_the_seed_and_the_experts_are_merges_too(run):
@@ -190,13 +201,13 @@ def test_a_cut_completion_teaches_nothing(run):
 
 
 def test_a_program_whose_merge_fails_is_no_crash(run, monkeypatch):
-  def fail(*_):
+  def fail(*_, **__):
     raise NotImplementedError("Unsupported dtype float16")
 
   monkeypatch.setattr(sandbox, "kernels", lambda program: fail)
   monkeypatch.setattr(type(run._archive), "program", lambda *_: "")
   assert run._merge("program:x") == ({}, False)
-  monkeypatch.setattr(merging, "merge", fail)
+  monkeypatch.setattr(merging.Merger, "merge", fail)
   with pytest.raises(NotImplementedError):
     run._merge("ties:density=0.5,scale=1.0")
 

@@ -226,9 +226,10 @@ class Attention(nnx.Module):
       self.q_norm = _norm_scale(config, config.head_dim)
       self.k_norm = _norm_scale(config, config.head_dim)
 
-  def __call__(self, x, mask, cos, sin, lora, cache):
+  def __call__(self, x, mask, cos, sin, lora, cache, inputs):
     """See `Decoder.__call__`; `cache` is (keys, values, layer, start)."""
     c, lora = self.config, lora or {}
+    inputs["q"] = x
     q = _linear(x, self.q[...], lora.get("q"))
     k = _linear(x, self.k[...], lora.get("k"))
     v = _linear(x, self.v[...], lora.get("v"))
@@ -249,7 +250,7 @@ class Attention(nnx.Module):
       cache = keys, values
     scale = (c.query_scale or c.head_dim) ** -0.5
     y = attend(q, k, v, mask, scale, c.attention_softcap)
-    y = y.reshape(*y.shape[:2], -1)
+    y = inputs["o"] = y.reshape(*y.shape[:2], -1)
     return _linear(y, self.o[...], lora.get("o")), cache
 
 
@@ -268,12 +269,14 @@ class Mlp(nnx.Module):
     self.up = _matrix(rngs, config.mlp, config.embed)
     self.down = _matrix(rngs, config.embed, config.mlp)
 
-  def __call__(self, x, lora):
+  def __call__(self, x, lora, inputs):
     lora = lora or {}
+    inputs["gate"] = x
     activate = _ACTIVATIONS[self.config.activation]
     gate = activate(_linear(x, self.gate[...], lora.get("gate")))
     up = _linear(x, self.up[...], lora.get("up"))
-    return _linear(gate * up, self.down[...], lora.get("down"))
+    y = inputs["down"] = gate * up
+    return _linear(y, self.down[...], lora.get("down"))
 
 
 class Block(nnx.Module):
@@ -289,15 +292,18 @@ class Block(nnx.Module):
       self.attention_post_norm = _norm_scale(config)
       self.mlp_post_norm = _norm_scale(config)
 
-  def __call__(self, x, mask, cos, sin, lora, cache):
+  def __call__(self, x, mask, cos, sin, lora, cache, inputs):
+    """See `Decoder.__call__`; fills `inputs`, see `Decoder.observe`."""
     c, lora = self.config, lora or {}
     norm = lambda y, scale: rms_norm(
         y, scale[...], c.norm_eps, c.unit_offset_norms
     )
     y = norm(x, self.attention_norm)
-    y, cache = self.attention(y, mask, cos, sin, lora.get("attention"), cache)
+    y, cache = self.attention(
+        y, mask, cos, sin, lora.get("attention"), cache, inputs
+    )
     x += norm(y, self.attention_post_norm) if c.post_norms else y
-    y = self.mlp(norm(x, self.mlp_norm), lora.get("mlp"))
+    y = self.mlp(norm(x, self.mlp_norm), lora.get("mlp"), inputs)
     x += norm(y, self.mlp_post_norm) if c.post_norms else y
     return x, cache
 
@@ -341,6 +347,31 @@ class Decoder(nnx.Module):
     Returns:
       ([batch, seq, embed], cache), the cache as (keys, values) or None.
     """
+    x, kv, _ = self._run(tokens, positions, mask, lora, cache, remat)
+    return x, kv
+
+  def observe(self, tokens, positions, mask, fn):
+    """What `fn` makes of each layer's inputs: a pytree, its leaves stacked.
+
+    Args:
+      tokens: see `__call__`.
+      positions: likewise.
+      mask: likewise.
+      fn: takes {"q", "o", "gate", "down"}: what these matrices of a layer are
+        applied to, [batch, seq, in]; k and v share q's, up shares gate's.
+    """
+    return self._run(tokens, positions, mask, observe=fn)[2]
+
+  def _run(
+      self,
+      tokens,
+      positions,
+      mask,
+      lora=None,
+      cache=None,
+      remat=False,
+      observe=lambda inputs: None,
+  ):
     c = self.config
     graph, layers = nnx.split(self.layers)
     context = self._contexts(positions, mask, cache[2] if cache else 0)
@@ -349,7 +380,8 @@ class Decoder(nnx.Module):
       x, kv = carry
       layer, state, lora = xs
       at = None if kv is None else (*kv, layer, cache[2])
-      return nnx.merge(graph, state)(x, *context(layer), lora, at), None
+      block, inputs = nnx.merge(graph, state), {}
+      return block(x, *context(layer), lora, at, inputs), observe(inputs)
 
     if remat:
       body = jax.checkpoint(body)
@@ -361,11 +393,11 @@ class Decoder(nnx.Module):
     x = self.embed[...][tokens]
     if c.scaled_embedding:
       x *= jnp.asarray(c.embed**0.5, x.dtype)
-    (x, kv), _ = jax.lax.scan(
+    (x, kv), observed = jax.lax.scan(
         body, (x, None if cache is None else cache[:2]), xs
     )
     x = rms_norm(x, self.final_norm[...], c.norm_eps, c.unit_offset_norms)
-    return x, kv
+    return x, kv, observed
 
   def _contexts(self, positions, mask, start):
     """Of a layer: (mask, cosines, sines); `start` is the first query's slot."""

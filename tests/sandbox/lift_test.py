@@ -74,12 +74,20 @@ def test_the_engine_compiles_one_structure_once(box):
     params = {"layers": {"mlp": {"up": jnp.ones((2, 6, 4))}}}
     experts = [jax.tree.map(lambda x: x * 3, params)] * 3
     method = sandbox.kernels(_program(box, scale, 4))
-    return merging.merge(method, params, experts, "mlp")
+    return merging.Merger(params, experts, scope="mlp").run(method)
 
   run(0.5)
   merged, finite = run(0.25)
   kernel, _ = sandbox.kernels(_program(box, 0.125, 4))((6, 4))
-  assert engine._kernel(kernel, True)._cache_size() == 1
+  compiled = engine.kernel(
+      engine._of_program(kernel),
+      stacked=True,
+      dtype=jnp.dtype(jnp.float32),
+      layout=None,
+      check=True,
+      deals=False,
+  )
+  assert compiled._cache_size() == 1
   assert finite
   # 1 + scale * 3 * 2 ** 4: every expert is 2 away from the base.
   np.testing.assert_allclose(merged["layers"]["mlp"]["up"], 13.0)
