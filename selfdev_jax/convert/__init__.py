@@ -9,25 +9,38 @@ from selfdev_jax.convert.checkpoint import restore
 from selfdev_jax.convert.checkpoint import save_checkpoint
 from selfdev_jax.convert.error import ConvertError
 from selfdev_jax.convert.families import FAMILIES
+from selfdev_jax.convert.files import aligned_empty
+from selfdev_jax.convert.files import DTYPES
+from selfdev_jax.convert.files import Lazy
+from selfdev_jax.convert.files import Tensor
 from selfdev_jax.convert.hf import digest
 from selfdev_jax.convert.hf import end_tokens
+from selfdev_jax.convert.hf import get_path
 from selfdev_jax.convert.hf import load
 from selfdev_jax.convert.hf import load_tokenizer
+from selfdev_jax.convert.hf import named_leaves
 from selfdev_jax.convert.hf import open_leaves
 from selfdev_jax.convert.hf import read_config
 from selfdev_jax.convert.hf import resolve
 from selfdev_jax.convert.hf import save
+from selfdev_jax.convert.hf import set_path
 
 __all__ = [
+    "DTYPES",
     "FAMILIES",
     "Adapter",
     "ConvertError",
+    "Lazy",
+    "Tensor",
+    "aligned_empty",
     "apply_adapter",
     "digest",
     "end_tokens",
+    "get_path",
     "load",
     "load_adapter",
     "load_tokenizer",
+    "named_leaves",
     "open_checkpoint",
     "open_leaves",
     "read_config",
@@ -36,4 +49,5 @@ __all__ = [
     "save",
     "save_adapter",
     "save_checkpoint",
+    "set_path",
 ]

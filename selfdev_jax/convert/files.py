@@ -28,12 +28,12 @@ import safetensors
 from selfdev_jax.convert.error import ConvertError
 
 ALIGNMENT = 64
-_DTYPES = {
+DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,17 @@ class Tensor:
   def data(self) -> np.ndarray:
     """Its bytes, a view of the file."""
     return self.file[self.begin : self.end]
+
+  def mapped(self) -> np.ndarray | None:
+    """The tensor as a view of its file, fetched ahead; None if not aligned."""
+    if self.begin % ALIGNMENT:
+      return None
+    data = self.data
+    with open(self.path, "rb", buffering=0) as file:
+      os.posix_fadvise(
+          file.fileno(), self.begin, data.size, os.POSIX_FADV_WILLNEED
+      )
+    return data.view(DTYPES[self.dtype]).reshape(self.shape)
 
   def read_into(self, buffer: np.ndarray):
     """Copies it; by reading, as touching mapped pages costs twice the time."""
@@ -141,7 +152,7 @@ class Lazy(abc.ABC):
       start += tensor.size
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    buffer = _aligned_empty(self.shape, self.dtype)
+    buffer = aligned_empty(self.shape, self.dtype)
     self.gather(buffer)
     return np.array(buffer, dtype, copy=copy)
 
@@ -151,14 +162,17 @@ class Leaf(Lazy):
 
   Indexing gives what that part of the leaf holds, as a view of the file where
   the layers lie one behind the other, else gathered into an aligned buffer.
+
+  Attributes:
+    parts: its tensors, one a layer, or one.
   """
 
   def __init__(self, tensors: Sequence[Tensor], stacked: bool):
     first = tensors[0]
-    self.dtype = _DTYPES[first.dtype]
+    self.dtype = DTYPES[first.dtype]
     self.shape = (len(tensors), *first.shape) if stacked else first.shape
     self._stacked = stacked
-    self._tensors = tensors
+    self.parts = tensors
     self._whole = _joined(tensors)
     self.is_mapped = self._whole is not None
 
@@ -170,11 +184,11 @@ class Leaf(Lazy):
     if self._stacked:
       layers, *inner = index
     extents = zip(index, self.shape, strict=True)
-    buffer = _aligned_empty(
+    buffer = aligned_empty(
         [len(range(*part.indices(size))) for part, size in extents], self.dtype
     )
     rows = buffer if self._stacked else buffer[None]
-    for row, tensor in zip(rows, self._tensors[layers], strict=True):
+    for row, tensor in zip(rows, self.parts[layers], strict=True):
       if row.shape == tensor.shape:
         tensor.read_into(row)
       else:
@@ -188,7 +202,7 @@ class Leaf(Lazy):
     return data.view(self.dtype).reshape(tensor.shape)
 
   def tensors(self) -> Iterator[np.ndarray]:
-    return map(self._value, self._tensors)
+    return map(self._value, self.parts)
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.array(self[(slice(None),) * len(self.shape)], dtype, copy=copy)
@@ -203,7 +217,8 @@ def _joined(tensors: Sequence[Tensor]) -> np.ndarray | None:
   return None if first.begin % ALIGNMENT else first.file[first.begin : last.end]
 
 
-def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An array that XLA can use as it is."""
   size = dtype.itemsize * math.prod(shape)
   raw = np.empty(size + ALIGNMENT, np.uint8)
   start = -raw.ctypes.data % ALIGNMENT
@@ -237,10 +252,10 @@ def find(
     if name not in tensors:
       raise ConvertError(f"{where} lacks tensor {name}")
     tensor = tensors[name]
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
       raise ConvertError(
           f"{tensor.path}: {name} has dtype {tensor.dtype}; supported:"
-          f" {', '.join(_DTYPES)}"
+          f" {', '.join(DTYPES)}"
       )
     if tensor.shape != shape:
       raise ConvertError(

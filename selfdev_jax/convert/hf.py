@@ -4,6 +4,7 @@ Reading needs config.json, safetensors (one file, or several and their index)
 and tokenizer files.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import concurrent.futures
 import contextlib
@@ -258,6 +259,7 @@ def save(
     like: str | os.PathLike | None = None,
     *,
     max_shard_bytes: int = 5 * 10**9,
+    finish: Callable[[pathlib.Path], None] = lambda directory: None,
 ):
   """Writes a directory that `transformers` loads; whole or not at all.
 
@@ -270,6 +272,8 @@ def save(
       and its config.json where that describes `config`.
     max_shard_bytes: where more, several files and their index are written; a
       leaf with its layers is never cut.
+    finish: writes into the directory what else belongs there, before it takes
+      its name.
   """
   like = None if like is None else pathlib.Path(like)
   nbytes = sum(map(files.nbytes, jax.tree.leaves(params)))
@@ -277,6 +281,7 @@ def save(
     _write_weights(new, config, params, max_shard_bytes)
     dtype = str(np.dtype(params["embed"].dtype))
     write_settings(new, config, dtype, like)
+    finish(new)
 
 
 def _write_weights(new, config, params, max_shard_bytes):

@@ -20,6 +20,7 @@ import numpy as np
 
 from selfdev_jax import models
 from selfdev_jax.merging import methods
+from selfdev_jax.merging import select
 from selfdev_jax.merging.methods import MergeError
 
 # (base, task_vectors, literals) -> tensor of base's shape, all float32.
@@ -31,6 +32,7 @@ TensorMerge = Callable[..., jax.Array]
 
 MLP, ALL = "mlp", "all"
 JIT, PMAP = "jit", "pmap"
+RESULT, INPUTS = "result", "inputs"
 _VOCABULARY = ("embed", "head")
 
 
@@ -167,7 +169,7 @@ class Merger:
     merged, _ = self._apply(
         lambda shape: (fn, numbers),
         out_dtype=out_dtype or dtype,
-        check=False,
+        check=None,
         seed=seed if kind.random else None,
         statistics=statistics if kind.statistics else None,
         into=into,
@@ -189,9 +191,9 @@ class Merger:
 
     def of_shape(shape):
       kernel, literals = program(shape)
-      return _of_program(kernel), literals
+      return of_program(kernel), literals
 
-    return self._apply(of_shape, check=True, into=into)
+    return self._apply(of_shape, check=RESULT, into=into)
 
   @property
   def shapes(self) -> list[tuple[int, ...]]:
@@ -203,7 +205,7 @@ class Merger:
       of_shape,
       *,
       out_dtype=None,
-      check: bool,
+      check: str | None,
       seed: int | None = None,
       statistics=None,
       into=None,
@@ -266,7 +268,7 @@ class Merger:
     for i, (path, leaf) in enumerate(
         zip(self._paths, self._template, strict=True)
     ):
-      if self._scope == ALL or "mlp" in path.split("/"):
+      if in_scope(path, self._scope):
         stacked = path.startswith("layers/")
         rows = min(len(leaf), *(len(tree[i]) for tree in self._experts))
         shape = leaf.shape[1:] if stacked else (rows, *leaf.shape[1:])
@@ -286,6 +288,11 @@ class Merger:
         for name, n in zip(names, of_experts, strict=True)
         if n != rows
     ]
+
+
+def in_scope(path: str, scope: str) -> bool:
+  """Whether the leaf "layers/mlp/up", say, is merged in that scope."""
+  return scope == ALL or "mlp" in path.split("/")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -347,7 +354,9 @@ def _of_method(method, fixed, dtype) -> TensorMerge:
 
 
 @functools.lru_cache(maxsize=256)
-def _of_program(kernel: ProgramKernel) -> TensorMerge:
+def of_program(kernel: ProgramKernel) -> TensorMerge:
+  """A program's kernel as a merge; the same object for the same kernel."""
+
   def fn(base, experts, literals, key, statistics):
     del key, statistics
     wide = base.astype(jnp.float32)
@@ -372,7 +381,7 @@ def kernel(
     stacked: bool,
     dtype: np.dtype,
     layout: jax.sharding.Sharding | None = None,
-    check: bool = False,
+    check: str | None = None,
     deals: bool = False,
 ) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
   """`fn` compiled, over layers where there are some; once a shape.
@@ -382,7 +391,8 @@ def kernel(
     stacked: whether leaves have layers.
     dtype: of the result.
     layout: of the result; None: that of the inputs.
-    check: whether to tell if the result is finite.
+    check: whether to tell if the result is finite (`RESULT`), or the models as
+      well (`INPUTS`); None: neither.
     deals: whether leaves have a leading axis of devices besides, see `_deal`.
 
   Returns:
@@ -408,7 +418,13 @@ def kernel(
     merged = over_layers(*shared, layers, numbers, key, statistics)
     if base is not None and rows < len(base):
       merged = jnp.concatenate([merged, base[rows:].astype(dtype)])
-    return merged, is_finite(merged) if check else None
+    if check is None:
+      return merged, None
+    inputs = [x for x in (base, *experts) if x is not None]
+    is_finite = are_finite([merged])
+    if check == INPUTS:
+      is_finite &= are_finite(inputs)
+    return merged, is_finite
 
   if deals:
     axes = (0, 0, 0, 0, None, None, 0)
@@ -461,12 +477,13 @@ def _gather(x: jax.Array, layers: int) -> jax.Array:
   return x.reshape(-1, *x.shape[2:])[:layers]
 
 
-def is_finite(x: jax.Array) -> jax.Array:
-  """Whether all numbers are; a row at a time, which XLA does in all threads."""
-  return jnp.all(jnp.isfinite(jnp.max(jnp.abs(x), axis=-1)))
+def are_finite(arrays: Sequence[jax.Array]) -> jax.Array:
+  """Whether all numbers of arrays of one shape are, in one pass over them."""
+  is_bad = functools.reduce(jnp.logical_or, [~jnp.isfinite(x) for x in arrays])
+  return select.count(is_bad) == 0
 
 
-_all_finite = jax.jit(is_finite)
+all_finite = jax.jit(lambda x: are_finite([x]))
 
 
 def _name(path) -> str:
@@ -512,7 +529,7 @@ def _check_alike(named: Mapping[str, models.Params]):
 def _check_finite(named: Mapping[str, models.Params]):
   """Raises where a model holds what is not a number or infinite."""
   flags = {
-      (name, path): _all_finite(leaf)
+      (name, path): all_finite(leaf)
       for name, tree in named.items()
       for path, leaf in _shapes(tree).items()
   }

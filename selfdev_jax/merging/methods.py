@@ -178,19 +178,26 @@ def rounding(dtype: Any) -> Round:
   dtype = jnp.dtype(dtype)
   if dtype == jnp.float32:
     return lambda x: x
+  if dtype == jnp.bfloat16:
+    return _round_to_bfloat16
   info = jnp.finfo(dtype)
+  unit, tiny = np.float32(info.smallest_subnormal), np.float32(info.tiny)
 
   def round_to(x):
-    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
-    if info.nexp == 8:
-      return rounded
     # reduce_precision flushes what is below the least normal number to 0.
-    unit = np.float32(info.smallest_subnormal)
-    return jnp.where(
-        jnp.abs(x) < np.float32(info.tiny), jnp.round(x / unit) * unit, rounded
-    )
+    small = jnp.round(x / unit) * unit
+    normal = lax.reduce_precision(x, info.nexp, info.nmant)
+    return jnp.where(jnp.abs(x) < tiny, small, normal)
 
   return round_to
+
+
+def _round_to_bfloat16(x: jax.Array) -> jax.Array:
+  """To the nearest, ties to even; five times faster than reduce_precision."""
+  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  even = (bits >> 16) & 1
+  bits = (bits + 0x7FFF + even) & np.uint32(0xFFFF0000)
+  return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -504,7 +511,7 @@ def _combined(
     below = round(below)
     is_none = below == 0 if elect else jnp.abs(below) < 1e-8
     total = round(total / jnp.where(is_none, 1.0, below))
-  return round(_wide(base) + round(total * round(lambda_)))
+  return round(_wide(base) + round(total * lambda_))
 
 
 def _keep_all(taus):
@@ -702,9 +709,7 @@ def sce(base, experts, *, round: Round, select_topk, exact_k):
     return round(sum(jnp.square(t - mean) for t in taus) / len(taus))
 
   def nonzero(inputs):
-    varies = (variance(inputs) != 0).astype(jnp.int32)
-    # A second term: XLA adds up a single one in one thread.
-    return select.sums([varies, 1 - varies])[0]
+    return select.count(variance(inputs) != 0)
 
   keys = lambda inputs: _keys([variance(inputs)])
   inputs = (base, experts)

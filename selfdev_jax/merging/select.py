@@ -61,6 +61,15 @@ class _Bracket(NamedTuple):
   passes: jax.Array
 
 
+def count(mask: jax.Array) -> jax.Array:
+  """How many entries are true, int32; in all threads.
+
+  XLA reduces one operand to one number in one thread, but two of them by rows.
+  """
+  yes, no = sums([mask.astype(jnp.int32), (~mask).astype(jnp.int32)])
+  return (yes - no + mask.size) // 2
+
+
 def thresholds(
     keys: Keys, inputs: Any, ranks: jax.Array, exact: bool = False
 ) -> tuple[jax.Array, jax.Array]:

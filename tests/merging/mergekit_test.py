@@ -58,8 +58,6 @@ _CASES = {
     "passthrough": [{"scale": 0.7}],
 }
 _RANKED = ("ties", "breadcrumbs", "breadcrumbs_ties", "sce")
-# These differ from another method in the election of signs only.
-_ELECTING = ("breadcrumbs_ties", "dare_ties", "della")
 _RANDOM = [
     "dare_linear",
     "della_linear",
@@ -69,7 +67,8 @@ _RANDOM = [
 _SHAPE = (33, 70)
 # Dtype -> bits after the binary point.
 _DIGITS = {"float32": 23, "bfloat16": 7}
-_SLOW = ("breadcrumbs", "sce", "karcher", "arcee_fusion")
+# As in methods_test.
+_SLOW = ("breadcrumbs", "breadcrumbs_ties", "sce", "arcee_fusion")
 
 
 def _theirs(name, base, experts, parameters, dtype="float32"):
@@ -138,11 +137,9 @@ def _cases():
     for has_base in origins.get(merging.METHODS[name].base, [True, False]):
       for i, parameters in enumerate(options):
         for dtype in _DIGITS:
-          # Those that rank take long to compile; in float32 methods_test has
-          # compiled the first of each.
+          # In float32 methods_test has compiled the first of the others.
           is_slow = i and (name in _RANKED or dtype != "float32")
-          is_slow |= name in _SLOW and dtype != "float32"
-          is_slow |= name in _ELECTING
+          is_slow |= name in _SLOW
           origin = "" if has_base else "-baseless"
           cases.append(
               pytest.param(

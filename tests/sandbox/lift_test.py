@@ -80,11 +80,11 @@ def test_the_engine_compiles_one_structure_once(box):
   merged, finite = run(0.25)
   kernel, _ = sandbox.kernels(_program(box, 0.125, 4))((6, 4))
   compiled = engine.kernel(
-      engine._of_program(kernel),
+      engine.of_program(kernel),
       stacked=True,
       dtype=jnp.dtype(jnp.float32),
       layout=None,
-      check=True,
+      check=engine.RESULT,
       deals=False,
   )
   assert compiled._cache_size() == 1
