@@ -7,7 +7,8 @@
 In memory, on the CPU: a base and three experts of 23.3M parameters in 29
 tensors, random; task vectors are a tenth of the weights. Methods that take one
 expert get one, nuslerp two. All are measured in the same rounds, in a drawn
-order, after a round that warms up and compiles; times are medians of --repeats.
+order, after a round that warms up and compiles; times are medians of --repeats
+rounds. Torch has as many threads as there are cores, as XLA has.
 
   ours      `Merger.merge(..., into=former)`, waited for; its default, float32
             arithmetic rounded once
@@ -21,10 +22,11 @@ order, after a round that warms up and compiles; times are medians of --repeats.
   two-pass  for ties: the inputs twice and the output once, likewise
 
 End to end: `launch.merge` and `mergekit-yaml` in processes of their own, in
-turn, on 173M parameters in bf16 that lie in the page cache; 3 GB of disk in
---workdir. Imports are timed in the same rounds. Peaks are the high-water mark
-of resident memory, files that are mapped included, and the most anonymous
-memory that was seen. The JSON line's "ratio" there is the lesser recipe's.
+turn, on 173M parameters in bf16 without a tokenizer, which lie in the page
+cache; 3 GB of disk in --workdir. Imports are timed in the same rounds. Peaks
+are the high-water mark of resident memory, files that are mapped included, and
+the most anonymous memory that was seen. The JSON line's "ratio" there is the
+lesser recipe's.
 
 Measure on an idle machine: torch's threads wait for each other after every
 operation, so that a core that is taken slows torch down many times more.
@@ -107,6 +109,7 @@ _SHAPES = {
 _EXPERTS = 3
 _STD, _TASK_STD = 0.02, 0.002
 _TRIAD_SIZE = 2**24
+_REST_S = 0.02
 _BUSY = 0.25  # Of a core, as a load average.
 
 # What both are given. Of the same weights, so that torch's forms are short.
@@ -351,6 +354,24 @@ def _torch_ways(row, tensors, compiles: bool):
   return ways
 
 
+def _milliseconds(ways) -> dict[str, float]:
+  """Medians, measured as in `roofline.interleaved`, but with rests between.
+
+  After an operation torch's threads keep their cores busy for some
+  milliseconds, in which XLA's had to share them; torch does not mind the rest.
+  """
+  taken = {name: [] for name in ways}
+  order = random.Random(0)
+  for repeat in range(_REPEATS.value + 1):
+    for name, call in order.sample(list(ways.items()), len(ways)):
+      time.sleep(_REST_S)
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      if repeat:  # The first round compiles.
+        taken[name].append(time.perf_counter() - start)
+  return {name: 1e3 * statistics.median(taken[name]) for name in taken}
+
+
 def _measure(row, name, extra, trees, tensors, compiles, triad) -> dict:
   """A row of the result; base and experts come as trees and as tensors."""
   method = merging.METHODS[name]
@@ -363,8 +384,7 @@ def _measure(row, name, extra, trees, tensors, compiles, triad) -> dict:
       "triad": triad,
   }
   torchs = _torch_ways(row, tensors, compiles)
-  taken = roofline.interleaved(ways | torchs, _REPEATS.value)
-  ms = {way: 1e3 * statistics.median(taken[way]) for way in taken}
+  ms = _milliseconds(ways | torchs)
   forms = {way: ms[way] for way in torchs}
   fastest = min(forms, key=forms.get, default=None)
   nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees[0]))
@@ -604,6 +624,7 @@ def main(_):
   _check(_DTYPES, ["bfloat16", "float16", "float32"])
   threads, load = os.cpu_count(), os.getloadavg()[0]
   torch.set_num_threads(threads)
+  jax.config.update("jax_platforms", "cpu")  # As torch is.
   if load > _BUSY:
     progress.note(
         f"the load was {load:.1f} in the last minute: on a busy machine the"

@@ -52,7 +52,13 @@ flags.mark_flag_as_required("out")
 def main(_):
   if (_RECIPE.value is None) == (_PROGRAM.value is None):
     raise errors.UserError("give either --recipe or --program")
+  if _RECIPE.value is not None and (_BASE.value or _EXPERTS.value):
+    raise errors.UserError(
+        "--base and --experts go with --program; a recipe names its models"
+    )
   out = pathlib.Path(_OUT.value)
+  if out.exists() and not out.is_dir():
+    raise errors.UserError(f"--out={out} is no directory; name a new one")
   if out.exists() and not _OVERWRITE.value:
     raise errors.UserError(
         f"--out={out} exists; name a new directory, or give --overwrite"

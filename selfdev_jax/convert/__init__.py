@@ -24,10 +24,12 @@ from selfdev_jax.convert.hf import read_config
 from selfdev_jax.convert.hf import resolve
 from selfdev_jax.convert.hf import save
 from selfdev_jax.convert.hf import set_path
+from selfdev_jax.convert.hf import TOKENIZER_FILES
 
 __all__ = [
     "DTYPES",
     "FAMILIES",
+    "TOKENIZER_FILES",
     "Adapter",
     "ConvertError",
     "Lazy",

@@ -33,7 +33,7 @@ _GENERATION_CONFIG = "generation_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-_CARRIED = (
+TOKENIZER_FILES = (
     *_VOCABULARY,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -41,8 +41,8 @@ _CARRIED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    _GENERATION_CONFIG,
 )
+_CARRIED = (*TOKENIZER_FILES, _GENERATION_CONFIG)
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Buffers that old versions of transformers saved and that config.json implies.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")

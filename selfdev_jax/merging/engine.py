@@ -427,8 +427,15 @@ def kernel(
     return merged, is_finite
 
   if deals:
-    axes = (0, 0, 0, 0, None, None, 0)
-    return jax.pmap(merge_leaf, in_axes=axes, donate_argnums=0)
+    # pmap of JAX 0.10 mixes up axes where some arguments have none.
+    dealt = jax.pmap(merge_leaf, donate_argnums=0)
+    copies = lambda x: jnp.broadcast_to(x, (jax.local_device_count(), *x.shape))
+
+    def on_all(into, base, experts, layers, numbers, key, statistics):
+      numbers, key = jax.tree.map(copies, (numbers, key))
+      return dealt(into, base, experts, layers, numbers, key, statistics)
+
+    return on_all
   # LLVM vectorises a sum only if it may reorder it; NaN and infinities stay.
   # A program computes as its author wrote it.
   fast = fn.reassociates and jax.default_backend() == "cpu"

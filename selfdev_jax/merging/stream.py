@@ -33,6 +33,11 @@ from selfdev_jax.merging.methods import MergeError
 
 # One is read, one merged; what is written is a third.
 _AHEAD = 2
+_OTHER_ROWS = (
+    "if their vocabularies differ, set tokenizer_source: base or union"
+)
+_OTHER_SHAPE = "models have to be fine-tunes of one model"
+_OTHER_DTYPE = "say in which dtype to merge them, as in dtype: bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Task:
     key: makes the PRNG key, where there is one.
     statistics: an entry an expert, or none.
     align: brings embeddings to one vocabulary.
+    dtype: of the inputs, once they are aligned; None: that of their files.
   """
 
   name: str
@@ -58,6 +64,7 @@ class Task:
   key: Callable[[], jax.Array] | None = None
   statistics: tuple[Any, ...] = ()
   align: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]] | None = None
+  dtype: np.dtype | None = None
 
 
 class _Buffers:
@@ -125,7 +132,10 @@ class MergedLeaf(convert.Lazy):
     return (
         task.has_base,
         like,
-        tuple((like, convert.DTYPES[t.dtype]) for _, t in task.inputs),
+        tuple(
+            (like, task.dtype or convert.DTYPES[t.dtype])
+            for _, t in task.inputs
+        ),
     )
 
   def tensors(self) -> Iterator[np.ndarray]:
@@ -254,13 +264,13 @@ def merge_recipe(
   leaves: models.Params = {}
   for path, tasks in grouped.items():
     dtype = recipe.out_dtype or recipe.dtype
+    _check_layers(config, path, tasks, recipe.dtype is None)
     convert.set_path(leaves, path, _leaf(path, tasks, dtype, aligned))
-  base = next(iter(opened)) if recipe.base is None else recipe.base
   _save(
       out,
       config,
       leaves,
-      opened[base].directory,
+      _like(recipe, opened),
       None if aligned is None else aligned.tokenizer,
       vocabulary.chat_template(recipe.chat_template, tokenizers),
       card.card(
@@ -272,6 +282,15 @@ def merge_recipe(
       ),
   )
   return config
+
+
+def _like(recipe, opened) -> pathlib.Path:
+  """Whose settings the output has: the ids in them are of a tokenizer."""
+  source = recipe.tokenizer_source
+  if source not in (None, vocabulary.BASE, vocabulary.UNION):
+    return convert.resolve(source)
+  first = next(iter(opened)) if recipe.base is None else recipe.base
+  return opened[first].directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +314,7 @@ def _tokenizers(recipe, opened) -> dict[str, Any]:
       for name, model in opened.items()
   }
   source = recipe.tokenizer_source
-  if source not in (None, "base", "union", *found):
+  if source not in (None, vocabulary.BASE, vocabulary.UNION, *found):
     found[source] = convert.load_tokenizer(convert.resolve(source))
   return found
 
@@ -338,8 +357,15 @@ def _task(step, recipe, method, opened, aligned, statistics, seed) -> Task:
   inputs = tuple(
       (s.model, _tensor(opened[s.model], step.path, s)) for s in sources
   )
-  is_vocabulary = aligned is not None and step.path in ("embed", "head")
-  _check_inputs(step.name, inputs, recipe.dtype is None, is_vocabulary)
+  of_vocabulary = step.path in ("embed", "head")
+  aligns = aligned is not None and of_vocabulary
+  _check_inputs(
+      step.name,
+      inputs,
+      _OTHER_ROWS if of_vocabulary else _OTHER_SHAPE,
+      _OTHER_DTYPE if recipe.dtype is None else None,
+      skipped=int(aligns),
+  )
   experts = sources[1:] if has_base else sources
   values = method.bind(step.parameters, len(experts))
   fn, numbers = engine.bound(method, values, recipe.dtype)
@@ -349,6 +375,10 @@ def _task(step, recipe, method, opened, aligned, statistics, seed) -> Task:
     return leaf if step.layer is None else jax.random.fold_in(leaf, step.layer)
 
   data = [statistics[s.model] for s in experts if statistics]
+  align, dtype = None, None
+  if aligns:
+    dtype = np.dtype(recipe.dtype or convert.DTYPES[inputs[0][1].dtype])
+    align = functools.partial(vocabulary.rows, aligned, dtype=dtype)
   return Task(
       step.name,
       inputs,
@@ -360,7 +390,8 @@ def _task(step, recipe, method, opened, aligned, statistics, seed) -> Task:
           _part(tree, step.path, source.layer)
           for tree, source in zip(data, experts, strict=False)
       ),
-      functools.partial(_align, aligned) if is_vocabulary else None,
+      align,
+      dtype,
   )
 
 
@@ -381,35 +412,58 @@ def _part(tree: models.Params, path: str, layer: int | None) -> Any:
   return found if found is None or layer is None else found[layer]
 
 
-def _align(aligned, tensors: Mapping[str, np.ndarray]):
-  dtype = next(iter(tensors.values())).dtype
-  return vocabulary.rows(aligned, tensors, dtype)
-
-
 def _check_inputs(
     name: str,
     inputs: Sequence[tuple[str, convert.Tensor]],
-    same_dtype: bool,
-    any_rows: bool,
+    other_shape: str,
+    other_dtype: str | None,
+    skipped: int = 0,
 ):
-  """Raises where the tensors that are to be merged do not fit each other."""
+  """Raises where the tensors that are to be merged do not fit each other.
+
+  Args:
+    name: of the result.
+    inputs: (model, its tensor).
+    other_shape: the way out where shapes differ.
+    other_dtype: likewise of dtypes; None: they may.
+    skipped: how many dimensions may differ.
+  """
   (first, expected), *others = inputs
   for model, tensor in others:
-    skipped = 1 if any_rows else 0
     if tensor.shape[skipped:] != expected.shape[skipped:]:
-      hint = (
-          "; if their vocabularies differ, set tokenizer_source: base or union"
-          if tensor.shape[1:] == expected.shape[1:]
-          else "; models have to be fine-tunes of one model"
-      )
       raise MergeError(
           f"{name} is {tensor.shape} in {model} and {expected.shape} in"
-          f" {first}{hint}"
+          f" {first}; {other_shape}"
       )
-    if same_dtype and tensor.dtype != expected.dtype:
+    if other_dtype is not None and tensor.dtype != expected.dtype:
       raise MergeError(
           f"{name} is {tensor.dtype} in {model} and {expected.dtype} in"
-          f" {first}; say in which dtype to merge them, as in dtype: bfloat16"
+          f" {first}; {other_dtype}"
+      )
+
+
+def _check_layers(
+    config: models.DecoderConfig,
+    path: str,
+    tasks: Sequence[Task],
+    same_dtype: bool,
+):
+  """Raises where slices are of models that do not fit each other."""
+  like = convert.get_path(models.abstract_params(config), path).shape
+  _, first = tasks[0].inputs[0]
+  for task in tasks:
+    model, tensor = task.inputs[0]
+    expected = like[len(like) - len(tensor.shape) :]
+    if task.align is None and tensor.shape != expected:
+      raise MergeError(
+          f"{tensor.name} is {tensor.shape} in {model}, and the output has"
+          f" {expected} there; "
+          + (_OTHER_ROWS if path in ("embed", "head") else _OTHER_SHAPE)
+      )
+    if same_dtype and tensor.dtype != first.dtype:
+      raise MergeError(
+          f"{tensor.name} is {tensor.dtype} in {model}, {first.name}"
+          f" {first.dtype}; {_OTHER_DTYPE}"
       )
 
 
@@ -431,6 +485,8 @@ def _save(out, config, leaves, like, tokenizer, template, text):
     if own is None and template is not None:
       own = convert.load_tokenizer(like)
     if own is not None:
+      for name in convert.TOKENIZER_FILES:  # What is not written anew is old.
+        (directory / name).unlink(missing_ok=True)
       if template is not None:
         own.chat_template = template
       own.save_pretrained(directory)
@@ -474,26 +530,42 @@ def merge_program(
   Raises:
     UserError: naming the model or the tensor.
   """
-  opened = {name: _open(name) for name in (base, *experts)}
+  names = [base, *experts]
+  for i, name in enumerate(names):
+    if name in names[:i]:
+      raise MergeError(f"{name} is given twice among --base and --experts")
+  opened = {name: _open(name) for name in names}
   config = opened[base].config
+  table = convert.FAMILIES[config.family].table
+  for name in experts:
+    theirs = opened[name].config
+    if convert.FAMILIES[theirs.family].table != table:
+      raise MergeError(
+          f"{name} is of family {theirs.family}, {base} of {config.family}:"
+          " their tensors differ"
+      )
+    if theirs.layers != config.layers:
+      raise MergeError(
+          f"{name} has {theirs.layers} layers, {base} {config.layers};"
+          f" {_OTHER_SHAPE}"
+      )
   leaves: models.Params = {}
-  for path, leaf, names in convert.named_leaves(config, opened[base].leaves):
+  for path, leaf, tensors in convert.named_leaves(config, opened[base].leaves):
     if not engine.in_scope(path, scope):
       convert.set_path(leaves, path, leaf)
       continue
     tasks = []
-    for layer, name in enumerate(names):
+    for layer, name in enumerate(tensors):
       sources = [recipes.Source(model, layer, name) for model in opened]
       inputs = tuple(
           (s.model, _tensor(opened[s.model], path, s)) for s in sources
       )
-      _check_inputs(name, inputs, True, False)
+      _check_inputs(name, inputs, _OTHER_SHAPE, "convert one of them")
       kernel, literals = of_shape(inputs[0][1].shape)
       fn = engine.of_program(kernel)
       tasks.append(Task(name, inputs, True, fn, literals))
     convert.set_path(leaves, path, _leaf(path, tasks, None, None))
-  models_ = [base, *experts]
-  text = card.card(source, None, models_, base, pathlib.Path(out).name)
+  text = card.card(source, None, names, base, pathlib.Path(out).name)
   _save(out, config, leaves, opened[base].directory, None, None, text)
   return config
 

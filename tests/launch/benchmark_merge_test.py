@@ -87,7 +87,15 @@ def test_a_row_a_method_and_dtype(benchmark):
   assert result["parameters"] == 19_616 and result["end_to_end"] is None
 
 
-@pytest.mark.slow
+def test_a_row(benchmark):
+  lines, result = benchmark(methods="nearswap", dtypes="float32")
+  (row,) = result["rows"]
+  _check(row)
+  assert row["torch_form"] == "eager float32" and row["inputs"] == 2
+  header, _, line = lines
+  assert header.startswith("method") and line.startswith("nearswap")
+
+
 def test_all_of_mergekits_methods(script):
   """That both have, but for those that learn."""
   registry = pytest.importorskip("mergekit.merge_methods.registry")
@@ -141,20 +149,18 @@ def test_end_to_end(benchmark, tmp_path):
   for row in found["recipes"].values():
     assert row["ratio"] == row["mergekit_s"] / row["ours_s"]
     for whose in ("ours", "mergekit"):
-      assert 0 < row[f"{whose}_import_s"]
+      assert row[f"{whose}_import_s"] > 0
       anonymous = row[f"{whose}_peak_anonymous_bytes"]
       assert 2**25 < anonymous < row[f"{whose}_peak_bytes"]
   assert lines[-1].startswith("ties") and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_command_that_fails_says_why(script, tmp_path):
   command = [sys.executable, "-c", "print('so'); raise SystemExit('no room')"]
   with pytest.raises(errors.UserError, match="failed: no room"):
     script["_run"](command, tmp_path / "log")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
