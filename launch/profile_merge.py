@@ -104,6 +104,12 @@ _LAYERS = flags.DEFINE_integer(
     " the memory, otherwise one.",
     lower_bound=1,
 )
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "jit",
+    ["jit", "pmap"],
+    "One program over the leaf, or layers dealt out to all devices.",
+)
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Of each timing.", lower_bound=3)
 _TRACE_DIR = flags.DEFINE_string(
     "trace_dir", None, "Where a trace for TensorBoard or XProf is written."
@@ -261,7 +267,9 @@ def _merge(method, parameters, base, experts, statistics, paths):
   pick = lambda tree: None if tree is None else roofline.pick(tree, paths)
   base, experts = pick(base), [pick(tree) for tree in experts]
   statistics = statistics and [pick(tree) for tree in statistics]
-  merger = merging.Merger(None if method.base == "ignored" else base, experts)
+  merger = merging.Merger(
+      None if method.base == "ignored" else base, experts, mode=_MODE.value
+  )
   # Given from the start, so that one program is compiled, not two.
   merged = jax.tree.map(jnp.zeros_like, base)
 

@@ -33,6 +33,7 @@ from selfdev_jax.merging.methods import MergeError
 
 # One is read, one merged; what is written is a third.
 _AHEAD = 2
+_VOCABULARY = ("embed", "head")
 _OTHER_ROWS = (
     "if their vocabularies differ, set tokenizer_source: base or union"
 )
@@ -357,13 +358,13 @@ def _task(step, recipe, method, opened, aligned, statistics, seed) -> Task:
   inputs = tuple(
       (s.model, _tensor(opened[s.model], step.path, s)) for s in sources
   )
-  of_vocabulary = step.path in ("embed", "head")
+  of_vocabulary = step.path in _VOCABULARY
   aligns = aligned is not None and of_vocabulary
   _check_inputs(
       step.name,
       inputs,
-      _OTHER_ROWS if of_vocabulary else _OTHER_SHAPE,
       _OTHER_DTYPE if recipe.dtype is None else None,
+      of_vocabulary=of_vocabulary,
       skipped=int(aligns),
   )
   experts = sources[1:] if has_base else sources
@@ -415,8 +416,9 @@ def _part(tree: models.Params, path: str, layer: int | None) -> Any:
 def _check_inputs(
     name: str,
     inputs: Sequence[tuple[str, convert.Tensor]],
-    other_shape: str,
     other_dtype: str | None,
+    *,
+    of_vocabulary: bool = False,
     skipped: int = 0,
 ):
   """Raises where the tensors that are to be merged do not fit each other.
@@ -424,8 +426,8 @@ def _check_inputs(
   Args:
     name: of the result.
     inputs: (model, its tensor).
-    other_shape: the way out where shapes differ.
-    other_dtype: likewise of dtypes; None: they may.
+    other_dtype: the way out where dtypes differ; None: they may.
+    of_vocabulary: whether a row is a token's, and a recipe may align them.
     skipped: how many dimensions may differ.
   """
   (first, expected), *others = inputs
@@ -433,13 +435,19 @@ def _check_inputs(
     if tensor.shape[skipped:] != expected.shape[skipped:]:
       raise MergeError(
           f"{name} is {tensor.shape} in {model} and {expected.shape} in"
-          f" {first}; {other_shape}"
+          f" {first}; {_way_out(of_vocabulary, tensor.shape, expected.shape)}"
       )
     if other_dtype is not None and tensor.dtype != expected.dtype:
       raise MergeError(
           f"{name} is {tensor.dtype} in {model} and {expected.dtype} in"
           f" {first}; {other_dtype}"
       )
+
+
+def _way_out(of_vocabulary, shape, expected) -> str:
+  if of_vocabulary and shape[1:] == expected[1:]:
+    return _OTHER_ROWS
+  return _OTHER_SHAPE
 
 
 def _check_layers(
@@ -458,7 +466,7 @@ def _check_layers(
       raise MergeError(
           f"{tensor.name} is {tensor.shape} in {model}, and the output has"
           f" {expected} there; "
-          + (_OTHER_ROWS if path in ("embed", "head") else _OTHER_SHAPE)
+          + _way_out(path in _VOCABULARY, tensor.shape, expected)
       )
     if same_dtype and tensor.dtype != first.dtype:
       raise MergeError(
@@ -560,7 +568,7 @@ def merge_program(
       inputs = tuple(
           (s.model, _tensor(opened[s.model], path, s)) for s in sources
       )
-      _check_inputs(name, inputs, _OTHER_SHAPE, "convert one of them")
+      _check_inputs(name, inputs, "convert one of them")
       kernel, literals = of_shape(inputs[0][1].shape)
       fn = engine.of_program(kernel)
       tasks.append(Task(name, inputs, True, fn, literals))
