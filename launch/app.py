@@ -15,10 +15,12 @@ from typing import NoReturn
 from absl import app as absl_app
 from absl import flags
 from absl import logging
+import jax
 
 # transformers says that it found no PyTorch; none is needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from selfdev_jax import cache
 from selfdev_jax import config as config_lib
 from selfdev_jax import errors
 
@@ -53,6 +55,13 @@ def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
 
   logging.set_verbosity(logging.WARNING)
   absl_app.run(guarded, flags_parser=_parse)
+
+
+def keep_compiled():
+  """Keeps what XLA compiles for the next process, up to 256 MB of it."""
+  jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_compilation_cache_max_size", 1 << 28)
 
 
 def load_config(holder: flags.FlagHolder) -> config_lib.Config:

@@ -112,4 +112,6 @@ def _merge_program(out: pathlib.Path):
 
 
 if __name__ == "__main__":
+  # A small model is merged in less time than its kernels take to compile.
+  app.keep_compiled()
   app.run(main)

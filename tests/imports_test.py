@@ -10,7 +10,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "selfdev_jax"
 # The plan of the house. Modules of one row may import each other only within
 # their own package.
 _ROWS = (
-    ("errors", "progress"),
+    ("cache", "errors", "progress"),
     ("config",),
     ("records",),
     ("store",),

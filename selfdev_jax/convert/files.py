@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import math
+import mmap
 import os
 import pathlib
 from typing import Any
@@ -76,6 +77,12 @@ class Tensor:
       )
     return data.view(DTYPES[self.dtype]).reshape(self.shape)
 
+  def forget(self):
+    """Gives mapped pages back; the system still has them, if it has room."""
+    start = self.begin - self.begin % mmap.PAGESIZE
+    mapping = self.file.base.obj  # Of the memoryview that NumPy made of it.
+    mapping.madvise(mmap.MADV_DONTNEED, start, self.end - start)
+
   def read_into(self, buffer: np.ndarray):
     """Copies it; by reading, as touching mapped pages costs twice the time."""
     rest = memoryview(buffer.reshape(-1).view(np.uint8))
@@ -99,7 +106,9 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
   try:
     # The library checks the header: sizes, no gaps, nothing behind the end.
     with safetensors.safe_open(path, framework="numpy"):
-      file = np.asarray(np.memmap(path, np.uint8, mode="r"))
+      with open(path, "rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+      file = np.frombuffer(mapped, np.uint8)
       inode = path.stat().st_ino
   except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise ConvertError(

@@ -167,6 +167,8 @@ class MergedLeaf(convert.Lazy):
           room.append(merged)
           for buffer in owned:
             buffers.give(buffer)
+          for _, tensor in task.inputs:
+            tensor.forget()
         read_ahead()
         running = started
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import fcntl
 import functools
 import hashlib
-import os
 import pathlib
 import random
 import shutil
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from selfdev_jax import cache
 from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
@@ -40,20 +40,13 @@ _HOUSE_GROUPS = (("attention",), ("mlp",), ("embed", "head"))
 
 
 def cache_directory(world: config_lib.World, prompt: str) -> pathlib.Path:
-  """Where the world's models are kept, by what they were made from.
-
-  `SELFDEV_CACHE` overrides the user's cache directory.
-  """
-  root = os.environ.get("SELFDEV_CACHE") or os.path.join(
-      os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
-      "selfdev_jax",
-  )
+  """Where the world's models are kept, by what they were made from."""
   made_from = hashlib.sha256(config_lib.digest(world).encode())
   made_from.update(programs.load_prompt(prompt).encode())
   for module in (arithmetic, corpus, grammar):
     made_from.update(pathlib.Path(module.__file__).read_bytes())
   made_from.update(pathlib.Path(__file__).read_bytes())
-  return pathlib.Path(root) / f"tiny-{made_from.hexdigest()[:16]}"
+  return cache.directory() / f"tiny-{made_from.hexdigest()[:16]}"
 
 
 def prepare(config: config_lib.Config) -> dict[str, pathlib.Path]:
