@@ -121,6 +121,7 @@ def _assert_all_agree(base, model, adapter):
   assert np.abs(apart - _logits(config, params)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_peft_reads_what_is_written(base, tmp_path):
   config, _, directory = base
   _save(tmp_path / "adapter", config, base=str(directory))

@@ -70,6 +70,7 @@ def test_round_trip_is_bitwise(tmp_path, params, dtype, assert_same_bits):
   assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.slow
 def test_another_mesh(tmp_path, params, assert_same_bits):
   placed = jax.tree.map(jax.device_put, params, _mesh(4, 2))
   path = tmp_path / "checkpoint"

@@ -118,6 +118,7 @@ def test_padding_changes_nothing(params):
   )
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_lose_little(params):
   """The same bf16 hidden states, the logsumexp in float64."""
   tokens, is_completion = _rows()
@@ -145,6 +146,7 @@ def test_fresh_adapter_is_the_identity(params):
   )
 
 
+@pytest.mark.slow
 def test_init_is_pefts():
   """Shapes, dtypes and the uniform bound 1/sqrt(in)."""
   fresh = lora.init(jax.random.key(0), _DECODER, 64)

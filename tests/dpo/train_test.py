@@ -75,6 +75,7 @@ def _bits_equal(one, other):
   jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_chosen_rises_over_rejected_with_one_compilation(params, start):
   before = jax.tree.map(np.array, (params, start))
   train_lib._step.clear_cache()

@@ -87,6 +87,7 @@ def test_a_row_a_method_and_dtype(benchmark):
   assert result["parameters"] == 19_616 and result["end_to_end"] is None
 
 
+@pytest.mark.slow
 def test_a_row(benchmark):
   lines, result = benchmark(methods="nearswap", dtypes="float32")
   (row,) = result["rows"]

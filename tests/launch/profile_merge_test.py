@@ -91,6 +91,7 @@ def test_a_row_a_leaf_kind(launch, model):
     assert f"{row['ms']:.2f}" in line and f"{row['gb_per_s']:.1f}" in line
 
 
+@pytest.mark.slow
 def test_fewer_layers_and_no_base(launch, model):
   out = launch(
       model=model,

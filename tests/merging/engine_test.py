@@ -208,9 +208,7 @@ def test_what_is_not_finite_is_told_of_a_program():
     [
         pytest.param(
             name,
-            marks=[]
-            if name in ("slerp", "dare_linear")
-            else [pytest.mark.slow],
+            marks=[] if name == "slerp" else [pytest.mark.slow],
         )
         for name in merging.METHODS
     ],

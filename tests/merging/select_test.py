@@ -107,6 +107,7 @@ def test_any_shape(shape):
   assert np.abs(x[mask]).min() >= np.abs(x[~mask]).max(initial=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_differences_take_few_passes(monkeypatch):
   """Their magnitudes are few: neighbours of sampled ones settle them."""
   passes = []

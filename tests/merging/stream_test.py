@@ -172,7 +172,9 @@ def test_random_numbers_are_as_in_memory(merge, assert_same_bits):
   other = merge(recipe, seed=4)
   differ = jax.tree.map(lambda x, y: (x != y).any(), found, other)
   assert all(jax.tree.leaves(differ))
-  layers = np.asarray(found["layers"]["mlp"]["up"] - base["layers"]["mlp"]["up"])
+  layers = np.asarray(
+      found["layers"]["mlp"]["up"] - base["layers"]["mlp"]["up"]
+  )
   assert not np.array_equal(layers[0] == 0, layers[1] == 0)
 
 
@@ -210,7 +212,7 @@ def test_methods_are_as_in_memory(
     for model in ("base", "a", "b"):
       changed(model, lambda tensors: None)
     monkeypatch.chdir(tmp_path / "changed")
-    (tensor, *_) = convert.open_leaves("a")[1]["embed"].parts
+    tensor, *_ = convert.open_leaves("a")[1]["embed"].parts
     assert tensor.mapped() is None
   parameters, models_ = _METHODS[name]
   if name == "linear":  # It has no base: this is one more model.
@@ -378,9 +380,7 @@ def test_slices_of_other_shapes(refuses, tmp_path, random_params):
 def test_models_of_other_dtypes(
     refuses, merge, tmp_path, random_params, assert_same_bits
 ):
-  params = jax.tree.map(
-      lambda x: x.astype(np.float16), random_params(_DECODER)
-  )
+  params = jax.tree.map(lambda x: x.astype(np.float16), random_params(_DECODER))
   convert.save(tmp_path / "half", _DECODER, params)
   half = f"model: {tmp_path / 'half'}"
   way_out = "say in which dtype to merge them, as in dtype: bfloat16"
@@ -626,7 +626,9 @@ def test_models_larger_than_the_memory(
   noise = np.random.default_rng(0).normal(size=1 << 20).astype(np.float32)
   monkeypatch.chdir(tmp_path)
   for i, name in enumerate(("base", "a", "b")):
-    params = jax.tree.map(lambda x, i=i: np.resize(noise[i:], x.shape), abstract)
+    params = jax.tree.map(
+        lambda x, i=i: np.resize(noise[i:], x.shape), abstract
+    )
     convert.save(name, config, params)
     changed(name, lambda tensors: None)  # Not aligned: nothing is mapped.
     del params

@@ -377,6 +377,7 @@ def test_causal_mask():
   np.testing.assert_array_equal(mask[0, 0], np.array(expected, bool))
 
 
+@pytest.mark.slow
 def test_remat_has_the_same_gradient(params):
   tokens = _tokens(2, 12)
 

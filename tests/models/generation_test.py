@@ -234,6 +234,7 @@ def test_stops_at_eos(params):
       assert (row[ends[0] :] == _EOS).all()
 
 
+@pytest.mark.slow
 def test_temperature_samples_the_softmax(params):
   """The first token of 4,000 rows against its probabilities."""
   tokens, mask = models.pad_left(_PROMPTS[:1], 8)
@@ -256,6 +257,7 @@ def test_temperature_samples_the_softmax(params):
   np.testing.assert_allclose(seen, expected, atol=5 * (0.25 / 4000) ** 0.5)
 
 
+@pytest.mark.slow
 def test_adapter_equals_merged_weights(params):
   rng = np.random.default_rng(5)
   up = params["layers"]["mlp"]["up"]

@@ -3,6 +3,7 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from selfdev_jax.tiny import grammar
 
@@ -14,6 +15,7 @@ def _run(body, base, task_vectors):
   return scope["merge"](base, task_vectors)
 
 
+@pytest.mark.slow
 def test_every_program_runs_and_keeps_the_shape():
   rng = random.Random(0)
   keys = jax.random.split(jax.random.key(0), 4)
