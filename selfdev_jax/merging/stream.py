@@ -99,8 +99,15 @@ class MergedLeaf(convert.Lazy):
       dtype: of the result.
     """
     self.shape, self.dtype = shape, np.dtype(dtype)
-    self.on_tensor: Callable[[], Any] = lambda: None  # For each that is done.
     self._tasks = tasks
+
+  def attach(
+      self, readers: concurrent.futures.Executor, on_tensor: Callable[[], Any]
+  ):
+    """Says who reads ahead, and who is told of each tensor that is done."""
+    # An executor in `tensors` would be shut down wherever a generator that was
+    # not finished is collected, and that may be where threads are made.
+    self._readers, self._on_tensor = readers, on_tensor
 
   def __len__(self) -> int:
     return len(self._tasks)
@@ -144,33 +151,32 @@ class MergedLeaf(convert.Lazy):
     buffers, room = _Buffers(), []
     tasks = iter(self._tasks)
     reads, running = collections.deque(), None
-    with concurrent.futures.ThreadPoolExecutor(_AHEAD) as pool:
 
-      def read_ahead():
-        for task in itertools.islice(tasks, _AHEAD - len(reads)):
-          reads.append((task, pool.submit(_read, task, buffers)))
+    def read_ahead():
+      for task in itertools.islice(tasks, _AHEAD - len(reads)):
+        reads.append((task, self._readers.submit(_read, task, buffers)))
 
+    read_ahead()
+    while reads or running:
+      started = None
+      if reads:
+        task, read = reads.popleft()
+        inputs, owned = read.result()
+        out = room.pop() if room else _empty(inputs[0].shape, self.dtype)
+        started = task, owned, _start(task, inputs, out, self.dtype)
+      if running:
+        task, owned, (merged, finite) = running
+        if not finite:
+          raise MergeError(_blame(task))
+        yield np.asarray(merged)
+        self._on_tensor()
+        room.append(merged)
+        for buffer in owned:
+          buffers.give(buffer)
+        for _, tensor in task.inputs:
+          tensor.forget()
       read_ahead()
-      while reads or running:
-        started = None
-        if reads:
-          task, read = reads.popleft()
-          inputs, owned = read.result()
-          out = room.pop() if room else _empty(inputs[0].shape, self.dtype)
-          started = task, owned, _start(task, inputs, out, self.dtype)
-        if running:
-          task, owned, (merged, finite) = running
-          if not finite:
-            raise MergeError(_blame(task))
-          yield np.asarray(merged)
-          self.on_tensor()
-          room.append(merged)
-          for buffer in owned:
-            buffers.give(buffer)
-          for _, tensor in task.inputs:
-            tensor.forget()
-        read_ahead()
-        running = started
+      running = started
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
@@ -507,9 +513,12 @@ def _save(out, config, leaves, like, tokenizer, template, text):
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     list(pool.map(MergedLeaf.compile, kinds.values()))
   total = sum(len(leaf) for leaf in merged)
-  with progress.bar("Merging", total, "tensor") as bar:
+  with (
+      concurrent.futures.ThreadPoolExecutor(_AHEAD) as readers,
+      progress.bar("Merging", total, "tensor") as bar,
+  ):
     for leaf in merged:
-      leaf.on_tensor = bar.update
+      leaf.attach(readers, bar.update)
     convert.save(out, config, leaves, like, finish=finish)
 
 
