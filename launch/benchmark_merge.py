@@ -64,7 +64,7 @@ try:
   from mergekit.merge_methods.base import TensorGroup
   import torch
 except ImportError as error:
-  _MISSING = error.name.partition(".")[0]
+  _MISSING = (error.name or str(error)).partition(".")[0]
 else:
   _MISSING = None
 

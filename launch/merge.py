@@ -40,7 +40,9 @@ _SCOPE = flags.DEFINE_enum(
 )
 _OUT = flags.DEFINE_string("out", None, "Directory to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --out.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of random methods.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of random methods.", lower_bound=0, upper_bound=2**32 - 1
+)
 _CALIBRATION = flags.DEFINE_string(
     "calibration",
     None,
@@ -52,19 +54,29 @@ flags.mark_flag_as_required("out")
 def main(_):
   if (_RECIPE.value is None) == (_PROGRAM.value is None):
     raise errors.UserError("give either --recipe or --program")
-  if _RECIPE.value is not None and (_BASE.value or _EXPERTS.value):
-    raise errors.UserError(
-        "--base and --experts go with --program; a recipe names its models"
-    )
-  out = pathlib.Path(_OUT.value)
-  if out.exists() and not out.is_dir():
-    raise errors.UserError(f"--out={out} is no directory; name a new one")
+  is_recipe = _RECIPE.value is not None
+  unused = (
+      ("base", "experts", "scope") if is_recipe else ("calibration", "seed")
+  )
+  for name in unused:
+    if flags.FLAGS[name].present:
+      raise errors.UserError(
+          f"--{name} goes with --{'program' if is_recipe else 'recipe'}"
+      )
+  if not _OUT.value:
+    raise errors.UserError("--out is empty; name a new directory")
+  out = pathlib.Path(_OUT.value).resolve()
   if out.exists() and not _OVERWRITE.value:
     raise errors.UserError(
         f"--out={out} exists; name a new directory, or give --overwrite"
     )
+  if out.exists() and not (out / "config.json").is_file():
+    raise errors.UserError(
+        f"--out={out} is no model directory, so it is not overwritten; name a"
+        " new one"
+    )
   start = time.monotonic()
-  if _RECIPE.value is not None:
+  if is_recipe:
     config = stream.merge_recipe(
         recipes.read(_RECIPE.value),
         out,

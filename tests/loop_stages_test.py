@@ -245,7 +245,7 @@ def test_an_expert_of_another_vocabulary_is_told(tmp_path, monkeypatch, capsys):
   assert loaded.experts["a"]["embed"].shape == (298, 8)
   said = capsys.readouterr().err
   assert (
-      "Note: expert a has 298 rows of vocabulary, the seed model 300: the first"
+      "Note: expert a has 298 rows of vocabulary, the base 300: the first"
       " 298 are merged" in said
   )
   assert "expert b" not in said

@@ -387,8 +387,10 @@ def new_directory(
     ConvertError: if the disk has no room, or the place is not one to write to.
   """
   target = pathlib.Path(directory)
+  # Hidden, so that they are nobody else's.
   partial, old = (
-      target.with_name(target.name + suffix) for suffix in (".partial", ".old")
+      target.with_name(f".{target.name}.{suffix}")
+      for suffix in ("partial", "replaced")
   )
   try:
     for path in (partial, old):  # Of a run that was killed.

@@ -33,6 +33,7 @@ TensorMerge = Callable[..., jax.Array]
 MLP, ALL = "mlp", "all"
 JIT, PMAP = "jit", "pmap"
 RESULT, INPUTS = "result", "inputs"
+DTYPES = ("float32", "bfloat16", "float16")
 _VOCABULARY = ("embed", "head")
 
 
@@ -100,9 +101,9 @@ class Merger:
     named = ({} if base is None else {"the base": base}) | {
         f"expert {name}": tree for name, tree in experts.items()
     }
-    _check_alike(named)
-    _check_finite(named)
     self._has_base = base is not None
+    _check_alike(named, any_rows=self._has_base)
+    _check_finite(named)
     template = base if self._has_base else next(iter(experts.values()))
     leaves, self._structure = jax.tree_util.tree_flatten_with_path(template)
     self._paths = [_name(path) for path, _ in leaves]
@@ -110,9 +111,7 @@ class Merger:
     self._experts = [jax.tree.leaves(expert) for expert in experts.values()]
     self._scope = scope
     self._deals = mode == PMAP
-    # A new program costs more to compile than to apply, and XLA compiles
-    # outside of Python's lock: leaves are compiled side by side.
-    self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    self._compiled: set[Any] = set()
     self._inputs = {
         i: self._input(i, stacked)
         for (stacked, _), indices in self._kinds().items()
@@ -137,8 +136,9 @@ class Merger:
       method: its name.
       dtype: what the arithmetic is rounded to, step by step, as mergekit's is;
         None: float32, rounded once at the end.
-      out_dtype: of the result; None: `dtype`, or else the base's.
-      seed: of random methods.
+      out_dtype: of the result, what it cannot hold becoming infinite; None:
+        `dtype`, or else the base's.
+      seed: of random methods, below 2**32.
       statistics: an entry an expert, for methods that use data.
       into: a former result, whose buffers are used again: do not use it
         afterwards. New memory costs several times the merge.
@@ -160,11 +160,14 @@ class Merger:
       raise MergeError(f"{method} needs a base model")
     count = len(self._experts)
     kind.check_experts(count)
-    if kind.statistics and len(statistics or []) != count:
-      raise MergeError(
-          f"{method} needs {kind.statistics} statistics, one for each of the"
-          f" {count} experts: see merging.calibration"
-      )
+    for name, value in (("dtype", dtype), ("out_dtype", out_dtype)):
+      if value is not None and _dtype_name(value) not in DTYPES:
+        raise MergeError(f"{name} is {value}; supported: {', '.join(DTYPES)}")
+    if not 0 <= seed < 2**32:
+      raise MergeError(f"seed is {seed}; it has to be in [0, 2**32)")
+    self._check_statistics(kind, statistics)
+    if into is not None and jax.tree.structure(into) != self._structure:
+      raise MergeError("into is no former result: it has other leaves")
     fn, numbers = bound(kind, kind.bind(parameters, count), dtype)
     merged, _ = self._apply(
         lambda shape: (fn, numbers),
@@ -175,6 +178,33 @@ class Merger:
         into=into,
     )
     return merged
+
+  def _check_statistics(self, kind: methods.Method, statistics):
+    if kind.statistics is None:
+      if statistics is not None:
+        raise MergeError(f"{kind.name} takes no statistics")
+      return
+    count = len(self._experts)
+    if len(statistics or []) != count:
+      raise MergeError(
+          f"{kind.name} needs {kind.statistics} statistics, one for each of the"
+          f" {count} experts: see merging.calibration"
+      )
+    if self.notes:
+      raise MergeError(
+          f"{kind.name} needs models of one vocabulary: {self.notes[0]}"
+      )
+    if kind.statistics != "fisher":
+      return
+    for tree in statistics:
+      found = _shapes(tree)
+      for path, leaf in zip(self._paths, self._template, strict=True):
+        if path not in found or found[path].shape != leaf.shape:
+          raise MergeError(
+              f"fisher statistics do not fit the models: {path} is"
+              f" {found[path].shape if path in found else 'absent'} there and"
+              f" {leaf.shape} in them"
+          )
 
   def run(
       self, program: Program, into: models.Params | None = None
@@ -232,8 +262,8 @@ class Merger:
         )
         tasks.append((i, compiled, stacked, numbers, deals))
 
-    def merge_leaf(task):
-      i, compiled, stacked, numbers, deals = task
+    def arguments(task):
+      i, _, stacked, numbers, deals = task
       leaf = self._template[i]
       place = _deal if deals else lambda x: x
       key, layers = None, None
@@ -241,7 +271,7 @@ class Merger:
         key = leaf_key(seed, self._paths[i])
         if stacked:
           layers = place(np.arange(len(leaf), dtype=np.int32))
-      found, is_finite = compiled(
+      return (
           place(_room(reused[i], leaf, out_dtype or leaf.dtype)),
           *self._inputs[i],
           layers,
@@ -249,10 +279,29 @@ class Merger:
           key,
           [place(leaves[i]) for leaves in data],
       )
-      merged[i] = _gather(found, len(leaf)) if deals else found
-      return is_finite
 
-    finite = list(self._pool.map(merge_leaf, tasks))
+    # A new program costs more to compile than to apply, and XLA compiles
+    # outside of Python's lock: kinds are compiled side by side. They are
+    # started one after the other: devices have to meet in the same order.
+    new = {
+        (task[1], self._template[task[0]].shape): task
+        for task in tasks
+        if not task[-1] and (task[1], task[0]) not in self._compiled
+    }
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      list(
+          pool.map(lambda t: t[1].lower(*arguments(t)).compile(), new.values())
+      )
+    self._compiled.update((task[1], task[0]) for task in tasks)
+    finite = []
+    for task in tasks:
+      i, compiled, *_, deals = task
+      found, is_finite = compiled(*arguments(task))
+      merged[i] = _gather(found, len(self._template[i])) if deals else found
+      if len(found.devices()) > 1 and jax.default_backend() == "cpu":
+        # Two programs that wait for all devices can take each other's threads.
+        jax.block_until_ready(found)
+      finite.append(is_finite)
     tree = jax.tree.unflatten(self._structure, merged)
     return tree, all(np.all(flag) for flag in finite) if check else True
 
@@ -283,8 +332,8 @@ class Merger:
     of_experts = [len(tree[embed]) for tree in self._experts]
     shared = min(rows, *of_experts)
     return [
-        f"expert {name} has {n} rows of vocabulary, the seed model {rows}: the"
-        f" first {shared} are merged, the others stay the seed model's"
+        f"expert {name} has {n} rows of vocabulary, the base {rows}: the"
+        f" first {shared} are merged, the others stay the base's"
         for name, n in zip(names, of_experts, strict=True)
         if n != rows
     ]
@@ -340,14 +389,16 @@ def _of_method(method, fixed, dtype) -> TensorMerge:
     extra = {"key": key} if method.random else {}
     if method.statistics:
       extra["statistics"] = statistics
-    return method.fn(
-        None if base is None or method.base == "ignored" else narrow(base),
-        [narrow(expert) for expert in experts],
-        round=round_to,
-        **extra,
-        **numbers,
-        **dict(fixed),
-    )
+    # Accelerators multiply matrices in fewer bits unless they are told.
+    with jax.default_matmul_precision("float32"):
+      return method.fn(
+          None if base is None or method.base == "ignored" else narrow(base),
+          [narrow(expert) for expert in experts],
+          round=round_to,
+          **extra,
+          **numbers,
+          **dict(fixed),
+      )
 
   fn.reassociates = True
   return fn
@@ -487,14 +538,24 @@ def _gather(x: jax.Array, layers: int) -> jax.Array:
 def are_finite(arrays: Sequence[jax.Array]) -> jax.Array:
   """Whether all numbers of arrays of one shape are, in one pass over them."""
   is_bad = functools.reduce(jnp.logical_or, [~jnp.isfinite(x) for x in arrays])
-  return select.count(is_bad) == 0
+  bad, good = select.row_sums(
+      [is_bad.astype(jnp.int32), (~is_bad).astype(jnp.int32)]
+  )
+  return jnp.all(bad == 0) & jnp.all(good == is_bad.shape[-1])
 
 
 all_finite = jax.jit(lambda x: are_finite([x]))
 
 
 def _name(path) -> str:
-  return "/".join(str(key.key) for key in path)
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _dtype_name(dtype: Any) -> str:
+  try:
+    return str(jnp.dtype(dtype))
+  except TypeError:
+    return str(dtype)
 
 
 def _shapes(params: models.Params) -> dict[str, Any]:
@@ -502,10 +563,10 @@ def _shapes(params: models.Params) -> dict[str, Any]:
   return {_name(path): leaf for path, leaf in leaves}
 
 
-def _check_alike(named: Mapping[str, models.Params]):
+def _check_alike(named: Mapping[str, models.Params], any_rows: bool):
   """Raises where the models differ in names, dtypes or shapes.
 
-  The number of rows of the embedding and the head may differ.
+  With `any_rows` embeddings and heads may have different numbers of rows.
   """
   (first, tree), *others = named.items()
   expected = _shapes(tree)
@@ -519,7 +580,7 @@ def _check_alike(named: Mapping[str, models.Params]):
             f"{name} does not fit {first}: {where} has no {path}; experts have"
             " to be fine-tunes of one model"
         )
-      skipped = 1 if path in _VOCABULARY else 0
+      skipped = 1 if any_rows and path in _VOCABULARY else 0
       if ours.shape[skipped:] != theirs.shape[skipped:]:
         raise MergeError(
             f"{name} does not fit {first}: {path} is {theirs.shape} there and"

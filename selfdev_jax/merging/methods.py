@@ -73,13 +73,16 @@ class Parameter:
       MergeError: if it is of another kind or out of range.
     """
     kinds = (int, float) if self.kind is float else (self.kind,)
-    is_bool = isinstance(value, bool | np.bool_)
-    if isinstance(value, np.generic):
+    if hasattr(value, "item") and np.ndim(value) == 0:
       value = value.item()
+    is_bool = isinstance(value, bool)
     if not isinstance(value, kinds) or is_bool != (self.kind is bool):
       raise MergeError(f"{self.name} takes {_KINDS[self.kind]}, not {value!r}")
+    # Numbers are float32 where they are used.
+    if self.kind is float and not abs(value) <= np.finfo(np.float32).max:
+      raise MergeError(f"{self.name} is {value!r}; it has to be finite")
     above = value > self.low if self.open_low else value >= self.low
-    if not (above and value <= self.high):  # NaN is neither.
+    if not (above and value <= self.high):
       left, right = "(" if self.open_low else "[", "]"
       raise MergeError(
           f"{self.name} is {value!r}; it has to be in"
@@ -131,20 +134,23 @@ class Method:
       MergeError: naming what is unknown, missing, of a wrong length or range.
     """
     known = {p.name: p for p in self.parameters}
+    names = {p.argument: p.name for p in self.parameters} | {
+        n: n for n in known
+    }
     for name in given:
-      if name.rstrip("_") not in known:
+      if name not in names:
         raise MergeError(
             f"{self.name} has no parameter {name!r}; it takes"
             f" {', '.join(known) or 'none'}"
         )
-    given = {name.rstrip("_"): value for name, value in given.items()}
+    given = {names[name]: value for name, value in given.items()}
     values = {}
     for name, parameter in known.items():
       value = given.get(name, parameter.default)
       if value is None:
         raise MergeError(f"{self.name} needs the parameter {name}")
       if parameter.per_expert:
-        if isinstance(value, bool | int | float | np.generic):
+        if np.ndim(value) == 0:
           value = [value] * experts
         if len(value) != experts:
           raise MergeError(
@@ -197,7 +203,8 @@ def _round_to_bfloat16(x: jax.Array) -> jax.Array:
   bits = lax.bitcast_convert_type(x, jnp.uint32)
   even = (bits >> 16) & 1
   bits = (bits + 0x7FFF + even) & np.uint32(0xFFFF0000)
-  return lax.bitcast_convert_type(bits, jnp.float32)
+  rounded = lax.bitcast_convert_type(bits, jnp.float32)
+  return jnp.where(jnp.isnan(x), x, rounded)  # Some would be carried to 0.
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -519,13 +526,15 @@ def _keep_all(taus):
 
 
 def _share(fraction: jax.Array, size) -> jax.Array:
-  """floor(fraction * size) as int32.
+  """floor(fraction * size) as int32, to float32's precision.
 
-  Parameters are traced as float32, where 0.29 of 100 is 28.999998: a product
-  that is short of a whole number by its rounding is that number.
+  That is exact up to 2**24 entries but for fractions such as 0.29, which is
+  28.999998 of 100: a product that is short of a whole number by its rounding is
+  that number.
   """
   product = fraction * jnp.asarray(size, jnp.float32)
-  return jnp.floor(product * np.float32(1 + 2.0**-22)).astype(jnp.int32)
+  slack = jnp.minimum(product * np.float32(2.0**-22), 0.25)
+  return jnp.floor(product + slack).astype(jnp.int32)
 
 
 def _keys(taus) -> list[jax.Array]:
@@ -855,7 +864,8 @@ def _combine(normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
 def _check_sum(values: Mapping[str, Any]):
   """What is divided by the sum of the weights needs one."""
   divides = values.get("normalize", values.get("normalize_weights", True))
-  if divides and sum(values["weight"]) == 0:
+  total, size = sum(values["weight"]), sum(map(abs, values["weight"]))
+  if divides and abs(total) <= 1e-6 * size:
     raise MergeError(
         f"weight is {', '.join(map(str, values['weight']))}: the weights add up"
         " to 0, and cannot be normalised"

@@ -17,6 +17,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from selfdev_jax import errors
+
 # Elementwise, from a pytree of arrays of one shape to int32 keys of that shape.
 Keys = Callable[[Any], Sequence[jax.Array]]
 
@@ -67,7 +69,7 @@ def count(mask: jax.Array) -> jax.Array:
   XLA reduces one operand to one number in one thread, but two of them by rows.
   """
   yes, no = sums([mask.astype(jnp.int32), (~mask).astype(jnp.int32)])
-  return (yes - no + mask.size) // 2
+  return jnp.maximum(yes, mask.size - no)  # They are equal; both are used.
 
 
 def thresholds(
@@ -77,7 +79,7 @@ def thresholds(
 
   Args:
     keys: makes [arrays] of keys.
-    inputs: what it makes them of; arrays of at most 2**31 - 1 elements.
+    inputs: what it makes them of.
     ranks: [arrays, thresholds] int32; the first is the largest key's.
     exact: gives the key of that rank itself, not only one that separates it
       from the next.
@@ -85,6 +87,9 @@ def thresholds(
   Returns:
     (keys, how many reach them), both [arrays, thresholds] int32; where the rank
     is below 1, more than any key, and 0.
+
+  Raises:
+    UserError: for arrays of more than 2**31 - 1 elements.
   """
   sample = _sample(keys, inputs)
 
@@ -121,6 +126,11 @@ def thresholds(
     )
 
   size = jax.tree.leaves(inputs)[0].size
+  if size > np.iinfo(np.int32).max:
+    raise errors.UserError(
+        f"a tensor of {size:,} entries: magnitudes are ranked of at most"
+        f" {np.iinfo(np.int32).max:,}"
+    )
   zeros = jnp.zeros_like(ranks)
   whole = _Bracket(zeros, zeros + size, zeros + _NONE, zeros, jnp.int32(0))
   bracket = narrow(whole, _increasing(_first_guess(sample, ranks, size), zeros))

@@ -75,14 +75,13 @@ class _Buffers:
     self._free = collections.defaultdict(list)
 
   def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    free = self._free[shape, dtype]
-    return free.pop() if free else convert.aligned_empty(shape, dtype)
+    try:
+      return self._free[shape, dtype].pop()
+    except IndexError:
+      return convert.aligned_empty(shape, dtype)
 
   def give(self, buffer: np.ndarray):
     self._free[buffer.shape, buffer.dtype].append(buffer)
-
-  def clear(self):
-    self._free.clear()
 
 
 class MergedLeaf(convert.Lazy):
@@ -148,7 +147,7 @@ class MergedLeaf(convert.Lazy):
 
   def tensors(self) -> Iterator[np.ndarray]:
     """Each is good until the next one is asked for."""
-    buffers, room = _Buffers(), []
+    buffers = _Buffers()
     tasks = iter(self._tasks)
     reads, running = collections.deque(), None
 
@@ -162,7 +161,7 @@ class MergedLeaf(convert.Lazy):
       if reads:
         task, read = reads.popleft()
         inputs, owned = read.result()
-        out = room.pop() if room else _empty(inputs[0].shape, self.dtype)
+        out = _empty(inputs[0].shape, self.dtype)
         started = task, owned, _start(task, inputs, out, self.dtype)
       if running:
         task, owned, (merged, finite) = running
@@ -170,7 +169,6 @@ class MergedLeaf(convert.Lazy):
           raise MergeError(_blame(task))
         yield np.asarray(merged)
         self._on_tensor()
-        room.append(merged)
         for buffer in owned:
           buffers.give(buffer)
         for _, tensor in task.inputs:
@@ -253,8 +251,10 @@ def merge_recipe(
   """
   method = methods.METHODS[recipe.method]
   opened = {name: _open(name) for name in recipe.models}
+  _check_out(out, opened)
   configs = {name: model.config for name, model in opened.items()}
   config, steps = recipes.plan(recipe, configs)
+  _check_heads(config, opened)
   tokenizers = _tokenizers(recipe, opened)
   aligned = _vocabulary(recipe, opened, tokenizers)
   if aligned is not None:
@@ -302,6 +302,27 @@ def _like(recipe, opened) -> pathlib.Path:
   return opened[first].directory
 
 
+def _check_out(out: str | os.PathLike, opened: Mapping[str, "_Model"]):
+  """Raises where writing the output would delete what is merged."""
+  out = pathlib.Path(out).resolve()
+  for name, model in opened.items():
+    if out in model.directory.resolve().parents:
+      raise MergeError(f"{out} holds {name}, which is merged into it")
+
+
+def _check_heads(config: models.DecoderConfig, opened: Mapping[str, "_Model"]):
+  """Raises where some models tie the head to the embedding and others not."""
+  for name, model in opened.items():
+    if model.config.tied_head != config.tied_head:
+      tied, own = (
+          ("the output", name) if config.tied_head else (name, "the output")
+      )
+      raise MergeError(
+          f"{tied} ties its head to the embedding (tie_word_embeddings), {own}"
+          " has one of its own: it would be lost"
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Model:
   directory: pathlib.Path
@@ -340,6 +361,8 @@ def _vocabulary(recipe, opened, tokenizers) -> vocabulary.Vocabulary | None:
 def _statistics(method, opened, calibration_file) -> dict[str, models.Params]:
   """Of each model, where the method uses data."""
   if method.statistics is None:
+    if calibration_file is not None:
+      raise MergeError(f"{method.name} takes no --calibration")
     return {}
   if calibration_file is None:
     raise MergeError(

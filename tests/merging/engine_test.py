@@ -357,8 +357,7 @@ def test_of_another_vocabulary_the_shared_rows_are_merged(rows, shared):
   merger = merging.Merger(base, experts)
   assert (shared, _COLUMNS) in merger.shapes
   assert any(
-      f"expert {rows[0]} has {rows[0]} rows of vocabulary, the seed model 10"
-      in note
+      f"expert {rows[0]} has {rows[0]} rows of vocabulary, the base 10" in note
       for note in merger.notes
   )
   merged, finite = merger.run(_program(_norm_scaled))
@@ -374,3 +373,23 @@ def test_of_another_vocabulary_the_shared_rows_are_merged(rows, shared):
       merged["embed"][shared:], base["embed"][shared:]
   )
   assert not merging.Merger(base, experts, scope="mlp").notes
+
+
+def test_shards_meet_in_one_order(monkeypatch):
+  """Collectives of two leaves at a time take each other's threads."""
+  monkeypatch.setattr(engine.os, "cpu_count", lambda: 8)
+  mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+  cut = NamedSharding(mesh, P(None, "fsdp", None))
+  tree = lambda seed: {
+      "layers": {
+          f"leaf{i}": jax.device_put(
+              np.random.default_rng(seed + i).normal(size=(2, 16, 8 + i)), cut
+          )
+          for i in range(6)
+      }
+  }
+  merger = merging.Merger(tree(0), [tree(1), tree(2)])
+  merged = None
+  for _ in range(10):
+    merged = merger.merge("model_stock", into=merged)
+  assert np.isfinite(merged["layers"]["leaf5"]).all()

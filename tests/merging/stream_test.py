@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -128,9 +129,13 @@ def changed(tmp_path):
     path = new / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     edit(tensors)
-    # As transformers writes them: not aligned.
-    safetensors.numpy.save_file(tensors, path, {"format": "pt", "": "x" * 3})
-    return new
+    # As transformers writes them: not aligned, but for one file in eight.
+    for pad in ("", "x" * 8):
+      safetensors.numpy.save_file(tensors, path, {"format": "pt", "pad": pad})
+      with open(path, "rb") as file:
+        if (8 + int.from_bytes(file.read(8), "little")) % 64:
+          return new
+    raise AssertionError("aligned")
 
   return copy
 
@@ -183,16 +188,15 @@ _METHODS = {
     "slerp": ({"t": 0.3}, ("a",)),
     "ties": ({"weight": 0.7, "density": 0.4}, ("a", "b")),
     "dare_ties": ({"weight": 0.7, "density": 0.4}, ("a", "b")),
-    "della": ({"weight": 0.7, "density": 0.4, "epsilon": 0.1}, ("a", "b")),
-    "breadcrumbs": ({"weight": 0.7, "density": 0.4}, ("a", "b")),
     "sce": ({"select_topk": 0.4}, ("a", "b")),
     "model_stock": ({}, ("a", "b")),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(
+    ("aligned", "dtype"), [(True, "float32"), (False, "bfloat16")]
+)
 @pytest.mark.parametrize("name", _METHODS)
 def test_methods_are_as_in_memory(
     merge,
@@ -212,8 +216,8 @@ def test_methods_are_as_in_memory(
     for model in ("base", "a", "b"):
       changed(model, lambda tensors: None)
     monkeypatch.chdir(tmp_path / "changed")
-    tensor, *_ = convert.open_leaves("a")[1]["embed"].parts
-    assert tensor.mapped() is None
+    leaves = jax.tree.leaves(convert.open_leaves("a")[1])
+    assert any(x.mapped() is None for leaf in leaves for x in leaf.parts)
   parameters, models_ = _METHODS[name]
   if name == "linear":  # It has no base: this is one more model.
     models_ = ("base", *models_)
@@ -306,7 +310,7 @@ def test_an_input_may_be_the_output(merge, family, place, assert_same_bits):
       path = place / "out" / "model.safetensors"
       tensors = safetensors.numpy.load_file(path)
       safetensors.numpy.save_file(tensors, path)
-    found = merge(_SUM.replace("model: a", f"model: {place / 'out'}"))
+    found = merge(_SUM.replace("- model: a", f"- model: {place / 'out'}"))
     assert_same_bits(found, expected)
 
 
@@ -322,13 +326,13 @@ def test_what_is_not_finite_is_named(refuses, changed):
     bad = changed("b", edit)
     refuses(
         f"^{bad} holds numbers in {_UP} that are not finite",
-        _SUM.replace("model: b", f"model: {bad}"),
+        _SUM.replace("- model: b", f"- model: {bad}"),
     )
     shutil.rmtree(bad)
 
 
 def test_a_sum_that_overflows_is_told(refuses):
-  big = _SUM.replace("0.75", "1e38").replace("-0.5", "3e38")
+  big = _SUM.replace("0.75", "1e7") + "out_dtype: float16\n"
   refuses("^the merge gives numbers in model.* not finite", big)
 
 
@@ -337,7 +341,7 @@ def test_models_of_other_shapes(refuses, place, tmp_path, random_params):
     config = dataclasses.replace(_DECODER, **changes)
     path = tmp_path / "other"
     convert.save(path, config, random_params(config))
-    refuses(message, _SUM.replace("model: b", f"model: {path}"))
+    refuses(message, _SUM.replace("- model: b", f"- model: {path}"))
 
   other(
       r"embed_tokens.weight is \(41, 16\) in .*/other and \(37, 16\) in base;"
@@ -347,8 +351,8 @@ def test_models_of_other_shapes(refuses, place, tmp_path, random_params):
   fine_tunes = "; models have to be fine-tunes of one model"
   other(rf"embed.* is \(37, 24\) in .*{fine_tunes}", embed=24)
   other(rf"mlp.gate_proj.weight is \(24, 16\) .*{fine_tunes}", mlp=24)
-  other(":5: .*other has 3 layers, a 2", layers=3)
-  other("other has no tensor lm_head.weight", tied_head=True)
+  other(r"recipe.yml:6: .*/other has 3 layers, a 2", layers=3)
+  other("/other ties its head to the embedding", tied_head=True)
   other(
       "other is of family qwen2, base of mistral",
       family="qwen2",
@@ -382,17 +386,17 @@ def test_models_of_other_dtypes(
 ):
   params = jax.tree.map(lambda x: x.astype(np.float16), random_params(_DECODER))
   convert.save(tmp_path / "half", _DECODER, params)
-  half = f"model: {tmp_path / 'half'}"
+  half = f"- model: {tmp_path / 'half'}"
   way_out = "say in which dtype to merge them, as in dtype: bfloat16"
   refuses(
       f"embed_tokens.weight is F16 in .*/half and F32 in base; {way_out}",
-      _SUM.replace("model: b", half),
+      _SUM.replace("- model: b", half),
   )
   refuses(
       f"layers.1.input_layernorm.weight is F16 in .*/half, .* F32; {way_out}",
-      _STACK.replace("model: b", half),
+      _STACK.replace("model: b", half[2:]),
   )
-  found = merge(_STACK.replace("model: b", half) + "dtype: float32\n")
+  found = merge(_STACK.replace("model: b", half[2:]) + "dtype: float32\n")
   assert found["embed"].dtype == np.float32
   np.testing.assert_array_equal(
       found["layers"]["mlp"]["up"][2],
@@ -402,7 +406,7 @@ def test_models_of_other_dtypes(
 
 def test_tensors_that_are_missing_or_unknown(refuses, changed):
   bad = changed("a", lambda tensors: tensors.pop(_UP))
-  recipe = _SUM.replace("model: a", f"model: {bad}")
+  recipe = _SUM.replace("- model: a", f"- model: {bad}")
   refuses(f"{bad} lacks tensor {_UP}", recipe)
   shutil.rmtree(bad)
   changed("a", lambda tensors: tensors.update(more=tensors[_UP]))
@@ -411,8 +415,8 @@ def test_tensors_that_are_missing_or_unknown(refuses, changed):
 
 def test_a_model_that_is_not_there(refuses):
   refuses(
-      "^model directory ./nowhere does not exist",
-      _SUM.replace("model: b", "model: ./nowhere"),
+      "^model directory /nowhere/there does not exist",
+      _SUM.replace("- model: b", "- model: /nowhere/there"),
   )
 
 
@@ -455,8 +459,10 @@ def test_a_disk_that_fills(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       return self._file.write(data)
 
+  whole = builtins.open
+
   def open_(path, mode="r", **options):
-    file = builtins.open(path, mode, **options)
+    file = whole(path, mode, **options)
     return Filling(file) if mode == "wb" else file
 
   with monkeypatch.context() as patch:
@@ -579,7 +585,7 @@ def test_a_killed_merge_leaves_no_model(
     ) as child:
       assert child.stdout.readline() == "midway\n"
       child.send_signal(signal.SIGKILL)
-    assert (place / "out.partial" / "model.safetensors").stat().st_size > 0
+    assert (place / ".out.partial" / "model.safetensors").stat().st_size > 0
 
   recipe = tmp_path / "another.yml"
   recipe.write_text(_SUM.replace("0.75", "0.25"))
@@ -598,7 +604,7 @@ _LIMITED = """
     import numpy as np
     from selfdev_jax import convert, merging
     from selfdev_jax.merging import recipes, stream
-    out, small, whole, limit = sys.argv[1:]
+    out, whole, limit = sys.argv[1:]
     recipe = recipes.read("recipe.yml")
     # Threads and what else is started once are there before the limit.
     stream.merge_recipe(recipes.read("warm.yml"), out + "-warm")
@@ -618,7 +624,7 @@ _LIMITED = """
 def test_models_larger_than_the_memory(
     tmp_path, monkeypatch, changed, assert_same_bits
 ):
-  """What a whole model does not fit into is enough for a merge of three."""
+  """Room for one model is enough for a merge of three into a fourth."""
   config = dataclasses.replace(
       _DECODER, embed=512, layers=10, heads=8, kv_heads=8, head_dim=64, mlp=2048
   )
@@ -653,7 +659,7 @@ def test_models_larger_than_the_memory(
             sys.executable,
             "-c",
             textwrap.dedent(_LIMITED),
-            *("out", "small", whole, str(size)),
+            *("out", whole, str(size)),
         ],
         env=os.environ | {"PYTHONPATH": str(_ROOT)},
         capture_output=True,
@@ -664,7 +670,10 @@ def test_models_larger_than_the_memory(
 
   done = run("streamed")
   assert done.returncode == 0, done.stderr[-2000:]
-  assert run("whole").returncode != 0
+  done = run("whole")
+  assert done.returncode != 0
+  lacks = "Unable to allocate|RESOURCE_EXHAUSTED|bad_alloc|start new thread"
+  assert re.search(lacks, done.stderr), done.stderr
   _, found = convert.load("out")
   base, a, b = (convert.load(name)[1] for name in ("base", "a", "b"))
   for path, leaf, _ in convert.named_leaves(config, found):
