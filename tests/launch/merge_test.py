@@ -402,8 +402,11 @@ def test_programs_pass_the_sandbox(launch, refuses, place, tmp_path):
 def test_either_of_the_two(refuses, tmp_path):
   refuses("^give either --recipe or --program$")
   refuses("^give either --recipe or --program$", recipe="r", program="p")
-  refuses("go with --program; a recipe names", recipe="r", base="base")
-  refuses("go with --program; a recipe names", recipe="r", experts="a")
+  for name in ("base", "experts"):
+    refuses(f"^--{name} goes with --program$", recipe="r", **{name: "a"})
+  refuses("^--scope goes with --program$", recipe="r", scope="all")
+  refuses("^--seed goes with --recipe$", program="p", seed=1)
+  refuses("^--calibration goes with --recipe$", program="p", calibration="c")
 
 
 def test_nothing_is_overwritten(merge, refuses, place, tmp_path):
@@ -412,12 +415,15 @@ def test_nothing_is_overwritten(merge, refuses, place, tmp_path):
   path = tmp_path / "recipe.yml"
   path.write_text(_SUM)
   refuses(f"--out={place}/out exists; .* --overwrite", recipe=path)
+  # A directory of the user's that is no model is not taken for one.
+  refuses("is no model directory", recipe=path, overwrite=True)
+  (place / "out" / "config.json").touch()
   merge(_SUM, overwrite=True)
   assert not (place / "out" / "mine").exists()
   assert [p.name for p in place.iterdir()] == ["out"]
   (place / "file").touch()
   out = place / "file"
-  refuses("is no directory", recipe=path, out=out, overwrite=True)
+  refuses("is no model directory", recipe=path, out=out, overwrite=True)
 
 
 def test_recipes_that_are_wrong(refuses, tmp_path):
