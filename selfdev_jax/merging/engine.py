@@ -12,6 +12,7 @@ import concurrent.futures
 import functools
 import os
 from typing import Any
+import weakref
 import zlib
 
 import jax
@@ -111,7 +112,8 @@ class Merger:
     self._experts = [jax.tree.leaves(expert) for expert in experts.values()]
     self._scope = scope
     self._deals = mode == PMAP
-    self._compiled: set[Any] = set()
+    # Kernel -> leaves that it has merged; a run's programs come and go.
+    self._compiled = weakref.WeakKeyDictionary()
     self._inputs = {
         i: self._input(i, stacked)
         for (stacked, _), indices in self._kinds().items()
@@ -286,13 +288,14 @@ class Merger:
     new = {
         (task[1], self._template[task[0]].shape): task
         for task in tasks
-        if not task[-1] and (task[1], task[0]) not in self._compiled
+        if not task[-1] and task[0] not in self._compiled.get(task[1], ())
     }
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       list(
           pool.map(lambda t: t[1].lower(*arguments(t)).compile(), new.values())
       )
-    self._compiled.update((task[1], task[0]) for task in tasks)
+    for i, compiled, *_ in tasks:
+      self._compiled.setdefault(compiled, set()).add(i)
     finite = []
     for task in tasks:
       i, compiled, *_, deals = task

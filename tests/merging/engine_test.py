@@ -1,5 +1,7 @@
 """The engine: layers, scopes, dtypes, compile counts, shards, bad input."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -393,3 +395,14 @@ def test_shards_meet_in_one_order(monkeypatch):
   for _ in range(10):
     merged = merger.merge("model_stock", into=merged)
   assert np.isfinite(merged["layers"]["leaf5"]).all()
+
+
+def test_a_merger_keeps_no_programs():
+  merger = merging.Merger(_tree(0), [_tree(1)], scope="mlp")
+  for scale in (1.0, 2.0, 3.0):
+    merger.run(_program(lambda base, taus, _, s=scale: base + s * taus[0]))
+  assert len(merger._compiled) == 3
+  engine.kernel.cache_clear()
+  engine.of_program.cache_clear()
+  gc.collect()
+  assert not merger._compiled
