@@ -94,14 +94,8 @@ def _assert_close(got, expected):
   jax.tree.map(check, got, expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("mistral", marks=pytest.mark.slow),
-        "qwen2",
-        pytest.param("gemma2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma2"])
 def test_fisher_is_the_mean_square_of_each_sequences_gradient(pair, name):
   config, params, model = pair(name)
   weights = dict(model.named_parameters())

@@ -406,8 +406,7 @@ def _all_cases():
     for has_base in origins.get(method.base, [True, False]):
       for i, parameters in enumerate(_CASES[name]):
         for shape in [_LARGE] if i else [_VECTOR, _SMALL, _LARGE]:
-          is_slow = shape == _SMALL or (i and name in _SLOW_OPTIONS)
-          is_slow |= shape == _LARGE and name in _SLOW
+          is_slow = shape in (_SMALL, _LARGE) or i > 0
           case = _Case(name, parameters, shape, has_base)
           cases.append(_maybe_slow(case, is_slow))
   return cases
@@ -780,7 +779,8 @@ def _deterministic(minimum):
   ]
 
 
-@pytest.mark.parametrize("name", _marked(_deterministic(minimum=3)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _deterministic(minimum=3))
 def test_the_order_of_the_experts_does_not_matter(apply, name):
   base, experts, statistics = _random(name)
   # A variance that is rounded otherwise may fall on the threshold's other side.
