@@ -407,7 +407,7 @@ def _of_method(method, fixed, dtype) -> TensorMerge:
   return fn
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def of_program(kernel: ProgramKernel) -> TensorMerge:
   """A program's kernel as a merge; the same object for the same kernel."""
 
@@ -427,8 +427,8 @@ def _layout(leaf: jax.Array) -> jax.sharding.Sharding | None:
   return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
-# A compiled kernel takes 1 to 2 MB, and a run meets thousands.
-@functools.lru_cache(maxsize=256)
+# A compiled kernel takes 3 MB and more, and a run meets thousands.
+@functools.lru_cache(maxsize=64)
 def kernel(
     fn: TensorMerge,
     *,

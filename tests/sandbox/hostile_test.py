@@ -4,6 +4,8 @@ Most attacks run with full builtins and without the AST filter, as if they had
 been bypassed: what holds then is the process boundary and the verifier.
 """
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -20,6 +22,8 @@ from selfdev_jax import sandbox
 
 SHAPES = [(6, 4), (5,)]
 LIMITS = config.Sandbox(timeout_s=1.5, memory_bytes=1 << 28, output_bytes=1000)
+# On a machine under load, time must not be what a program meets first.
+PATIENT = dataclasses.replace(LIMITS, timeout_s=60.0)
 GOOD = "def merge(base, task_vectors):\n  return base + sum(task_vectors)\n"
 # A zygote whose first two lines of feedback are switched off.
 _NAKED = """
@@ -35,18 +39,30 @@ zygote.main()
 
 @pytest.fixture(scope="module")
 def box():
-  with sandbox.Sandbox(LIMITS, SHAPES, 2) as box:
+  with sandbox.Sandbox(PATIENT, SHAPES, 2) as box:
     yield box
+
+
+@contextlib.contextmanager
+def _undressed(limits):
+  patch = pytest.MonkeyPatch()
+  patch.setattr(sandbox, "_ZYGOTE", ("-c", _NAKED))
+  with sandbox.Sandbox(limits, SHAPES, 2) as box:
+    assert isinstance(box.admit(GOOD), sandbox.Admitted)
+    yield box
+  patch.undo()
 
 
 @pytest.fixture(scope="module")
 def naked():
-  patch = pytest.MonkeyPatch()
-  patch.setattr(sandbox, "_ZYGOTE", ("-c", _NAKED))
-  with sandbox.Sandbox(LIMITS, SHAPES, 2) as box:
-    assert isinstance(box.admit(GOOD), sandbox.Admitted)
+  with _undressed(LIMITS) as box:
     yield box
-  patch.undo()
+
+
+@pytest.fixture(scope="module")
+def patient():
+  with _undressed(PATIENT) as box:
+    yield box
 
 
 def _merge(body, head=""):
@@ -189,11 +205,16 @@ def test_endless(naked, body):
   _holds(naked)
 
 
-def test_memory_bomb(naked):
-  assert naked.admit(_merge("return [0] * 10**10")).code == "memory"
-  body = "x = []\nwhile True: x.append(bytearray(1 << 24))"
-  assert naked.admit(_merge(body)).code in ("memory", "crash")
-  _holds(naked)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return [0] * 10**10",
+        "x = []\nwhile True: x.append(bytearray(1 << 24))",
+    ],
+)
+def test_memory_bomb(patient, body):
+  assert patient.admit(_merge(body)).code in ("memory", "crash")
+  _holds(patient)
 
 
 def test_megabytes_of_output_neither_block_nor_matter(box):
@@ -425,11 +446,11 @@ def test_many_threads_share_one_sandbox(box):
   assert len(verdicts) == 4
 
 
-def test_interrupt_in_the_caller_leaves_a_working_sandbox(box):
-  box.admit(GOOD)
+def test_interrupt_in_the_caller_leaves_a_working_sandbox(patient):
+  patient.admit(GOOD)
   timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
   timer.start()
   with pytest.raises(KeyboardInterrupt):
-    box.admit(_merge("while base.ndim: pass"))
+    patient.admit(_merge("while base.ndim: pass"))
   timer.join()
-  assert isinstance(box.admit(GOOD), sandbox.Admitted)
+  assert isinstance(patient.admit(GOOD), sandbox.Admitted)
