@@ -16,6 +16,8 @@ def get_config():
           name="smoke",
           seed_model="tiny:seed",
           experts=("tiny:add", "tiny:subtract", "tiny:multiply"),
+          # A vLLM server takes longer to start than these models to sample.
+          sampler="jax",
           iterations=2,
           top_k=3,
           propose=config_lib.Propose(

@@ -22,6 +22,8 @@ def get_config():
           name="tiny",
           seed_model="tiny:seed",
           experts=("tiny:add", "tiny:subtract", "tiny:multiply"),
+          # A vLLM server takes longer to start than these models to sample.
+          sampler="jax",
           iterations=3,
           top_k=15,
           propose=config_lib.Propose(

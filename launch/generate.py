@@ -12,6 +12,7 @@ import jax
 from launch import app
 from selfdev_jax import convert
 from selfdev_jax import errors
+from selfdev_jax import progress
 from selfdev_jax import sampling
 
 _MODEL = flags.DEFINE_string(
@@ -52,16 +53,19 @@ def main(_):
   if _ADAPTER.value is not None:
     adapter = convert.load_adapter(_ADAPTER.value, config).scaled()
   sampler = sampling.JaxSampler(
-      config, tokenizer, 1, convert.end_tokens(directory, tokenizer)
+      config, tokenizer, convert.end_tokens(directory, tokenizer)
   )
-  sampler.swap_weights(params, adapter)
+  sampler.swap_weights(params, str(directory), adapter)
   batches = sampler.generate(
       [prompt],
       jax.random.key(_SEED.value)[None],
       max_new_tokens=_MAX_NEW_TOKENS.value,
+      batch_size=1,
       temperature=_TEMPERATURE.value,
   )
   for (generation,) in batches:
+    if generation.truncated:
+      progress.note("the prompt does not fit the model; its beginning was cut")
     print(generation.text)
 
 

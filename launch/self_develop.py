@@ -3,7 +3,8 @@
   python -m launch.self_develop --config=configs/tiny.py --workdir=runs/tiny
 
 Any key of the config can be overridden: --config.dpo.beta=0.2. The same
-command resumes a run that was stopped. The last line is the result as JSON.
+command resumes a run that was stopped. --config.sampler=vllm samples through a
+vLLM server (`make vllm-env` installs one). The last line is the result as JSON.
 """
 
 import json
@@ -23,13 +24,31 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the archive, the factories and the report."
 )
+_VLLM_PYTHON = flags.DEFINE_string(
+    "vllm_python",
+    None,
+    "Interpreter that has vLLM; by default .venv-vllm, or else this one.",
+)
+_VLLM_ADDRESS = flags.DEFINE_string(
+    "vllm_address",
+    None,
+    "A vLLM server that is running, such as http://127.0.0.1:8000; by default"
+    " the run starts its own.",
+)
+_RECORDING = flags.DEFINE_string(
+    "recording",
+    None,
+    "File that keeps every text that is sampled; --config.sampler=replay reads"
+    " it instead of sampling.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_):
   config = app.load_config(_CONFIG)
   loop.check(config)
-  loop.run(config, _WORKDIR.value, world.prepare(config))
+  host = loop.Host(_VLLM_PYTHON.value, _VLLM_ADDRESS.value, _RECORDING.value)
+  loop.run(config, _WORKDIR.value, world.prepare(config), host)
   with store.Store.read(_WORKDIR.value) as archive:
     summary = report.summarize(archive)
     page = report.write(archive)

@@ -60,6 +60,17 @@ class Sandbox:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vllm:
+  """How a vLLM server takes part, where the sampler is one."""
+
+  # How weights get there; the latter two are for GPUs, and experimental.
+  transport: str = _one_of("shm", "cuda_ipc", "nccl")
+  tensor_parallel: int = _between(1, 1)  # GPUs that share a model.
+  gpu_memory_utilization: float = _between(0.4, 0.01, 1.0)  # JAX has the rest.
+  start_timeout_s: float = _between(600.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Merge:
   scope: str = _one_of("mlp", "all")  # The paper merges the MLP weights.
 
@@ -162,6 +173,8 @@ class Config:
       `tiny:NAME` for a model of the toy world that `tiny` describes.
     experts: likewise; each shares the seed model's architecture.
     iterations: T, rounds of propose, evaluate, refine.
+    sampler: `vllm`; `jax`, which needs nothing else; `auto`: vLLM where it is
+      installed; or `replay`, which says what was recorded.
     top_k: programs that are scored on the test set at the end.
     tiny: the toy world behind `tiny:NAME`; None when real models are used.
   """
@@ -172,6 +185,8 @@ class Config:
   seed: int = _between(0, 0)
   iterations: int = _between(3, 1)
   top_k: int = _between(15, 1)
+  sampler: str = _one_of("auto", "jax", "vllm", "replay")
+  vllm: Vllm = Vllm()
   propose: Propose = Propose()
   sandbox: Sandbox = Sandbox()
   merge: Merge = Merge()

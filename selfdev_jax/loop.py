@@ -9,6 +9,7 @@ run draws what the uninterrupted one would have drawn.
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -66,10 +67,26 @@ class Models:
   directory: pathlib.Path  # The seed model's.
 
 
+@dataclasses.dataclass(frozen=True)
+class Host:
+  """What a run uses of the machine that it is on; no part of the config.
+
+  Attributes:
+    vllm_python: the interpreter that has vLLM; None: `.venv-vllm`, or this.
+    vllm_address: of a vLLM server that is there; None: the run starts one.
+    recording: file that keeps what the sampler says, or that `replay` reads.
+  """
+
+  vllm_python: str | None = None
+  vllm_address: str | None = None
+  recording: str | None = None
+
+
 def run(
     config: config_lib.Config,
     workdir: str | os.PathLike,
     directories: Mapping[str, pathlib.Path] | None = None,
+    host: Host = Host(),
 ):
   """Runs or resumes Self-Developing in `workdir`.
 
@@ -79,6 +96,7 @@ def run(
       best merged model, a Hugging Face directory).
     directories: where the models behind names such as `tiny:seed` are; other
       names are directories themselves, or `org/name[@revision]` on the hub.
+    host: what the sampler needs of this machine.
 
   Raises:
     UserError: for models, configs or workdirs that do not fit, in one line.
@@ -90,7 +108,7 @@ def run(
   }
   with store_lib.lock(workdir):
     loaded = _load(config, paths)
-    _check_lengths(config, loaded)
+    longest = _check_lengths(config, loaded)
     identity = {
         f"model {name}": convert.digest(path) for name, path in paths.items()
     }
@@ -101,8 +119,11 @@ def run(
             workdir, config, identity, _provenance()
         ) as archive,
         _sandbox(config, loaded) as box,
+        contextlib.closing(
+            _sampler(config, loaded, longest, host, archive.workdir)
+        ) as sampler,
     ):
-      _Run(config, archive, loaded, box).run()
+      _Run(config, archive, loaded, box, sampler).run()
 
 
 def check(config: config_lib.Config):
@@ -121,28 +142,89 @@ def check(config: config_lib.Config):
     raise errors.UserError("config key 'experts' names a model twice")
 
 
-def _check_lengths(config: config_lib.Config, loaded: Models):
-  """Asserts that every prompt, what follows it and EOS fit the model."""
+def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
+  """The positions that the longest prompt and what follows it need.
+
+  Raises:
+    UserError: if the factory's prompt, its completion and EOS do not fit.
+  """
+  positions = loaded.decoder.max_positions
+  count = lambda text: len(loaded.tokenizer.encode(text))
+  prompt = count(programs.load_prompt(config.propose.prompt))
+  new = config.propose.max_new_tokens
+  if sampling.slots(prompt) + new + 1 > positions:
+    raise errors.UserError(
+        f"a prompt of {prompt} tokens and {new} new ones exceed the model's"
+        f" {positions} positions; lower propose.max_new_tokens"
+    )
+  longest = [prompt + new + 1]
   task, sizes = evaluation.get(config.evaluate.task), config.evaluate
-  items = [
-      *task.items(records.DEV, sizes.dev_size),
-      *task.items(records.TEST, sizes.test_size),
-  ]
-  for key, prompts, new in (
-      (
-          "propose",
-          [programs.load_prompt(config.propose.prompt)],
-          config.propose.max_new_tokens,
-      ),
-      ("evaluate", [item.prompt for item in items], sizes.max_new_tokens),
+  new = sizes.max_new_tokens
+  if new >= positions:
+    raise errors.UserError(
+        f"evaluate.max_new_tokens is {new}, the model has {positions}"
+        " positions; lower it"
+    )
+  for split, n in (
+      (records.DEV, sizes.dev_size),
+      (records.TEST, sizes.test_size),
   ):
-    longest = max(len(loaded.tokenizer.encode(text)) for text in prompts)
-    if sampling.slots(longest) + new + 1 > loaded.decoder.max_positions:
-      raise errors.UserError(
-          f"a prompt of {longest} tokens and {new} new ones exceed the model's"
-          f" {loaded.decoder.max_positions} positions; lower"
-          f" {key}.max_new_tokens"
+    lengths = [count(item.prompt) for item in task.items(split, n)]
+    cut = sum(length + new > positions for length in lengths)
+    if cut:
+      progress.note(
+          f"{cut} of {n} {split} prompts and {new} new tokens exceed the"
+          f" model's {positions} positions; they lose their beginning, and"
+          " their responses say so"
       )
+    longest.append(min(max(lengths) + new, positions))
+  return max(longest)
+
+
+def _sampler(
+    config: config_lib.Config,
+    loaded: Models,
+    longest: int,
+    host: Host,
+    workdir: pathlib.Path,
+) -> sampling.Sampler:
+  """The config's sampler; the caller closes it."""
+  kind = config.sampler
+  if kind == "replay":
+    if host.recording is None:
+      raise errors.UserError("--config.sampler=replay needs --recording=FILE")
+    return sampling.ReplaySampler(host.recording)
+  if kind == "auto":
+    has_vllm = host.vllm_address is not None or sampling.is_installed()
+    kind = "vllm" if has_vllm else "jax"
+    progress.note(f"sampler is auto: {kind}")
+  eos = convert.end_tokens(loaded.directory, loaded.tokenizer)
+  if kind == "jax":
+    sampler = sampling.JaxSampler(loaded.decoder, loaded.tokenizer, eos)
+  else:
+    settings = config.vllm
+    arguments = [
+        f"--gpu-memory-utilization={settings.gpu_memory_utilization}",
+        f"--tensor-parallel-size={settings.tensor_parallel}",
+    ]
+    sampler = sampling.VllmSampler(
+        loaded.decoder,
+        loaded.tokenizer,
+        eos,
+        directory=loaded.directory,
+        dtype=loaded.seed["embed"].dtype,
+        max_length=longest,
+        log_dir=workdir / "vllm",
+        python=host.vllm_python,
+        address=host.vllm_address,
+        transport=settings.transport,
+        workers=settings.tensor_parallel,
+        arguments=arguments,
+        start_timeout_s=settings.start_timeout_s,
+    )
+  if host.recording is not None:
+    return sampling.Recorder(sampler, host.recording)
+  return sampler
 
 
 def _load(config, paths) -> Models:
@@ -239,6 +321,7 @@ class _Run:
       archive: store_lib.Store,
       loaded: Models,
       box: sandbox.Sandbox,
+      sampler: sampling.Sampler,
   ):
     self._config = config
     self._archive = archive
@@ -247,14 +330,7 @@ class _Run:
     self._merged: models.Params | None = None  # The last merge's result.
     self._prompt = programs.load_prompt(config.propose.prompt)
     self._task = evaluation.get(config.evaluate.task)
-    eos = convert.end_tokens(loaded.directory, loaded.tokenizer)
-    self._factory, self._judge = (
-        sampling.JaxSampler(loaded.decoder, loaded.tokenizer, batch_size, eos)
-        for batch_size in (
-            config.propose.batch_size,
-            config.evaluate.batch_size,
-        )
-    )
+    self._sampler = sampler
 
   def run(self):
     """All iterations, the baselines, then the test set, once."""
@@ -312,22 +388,26 @@ class _Run:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         self._key(t, "propose"), jnp.arange(have, samples)
     )
-    self._factory.swap_weights(self._models.seed, self._adapter(arm, t))
+    lora = self._adapter(arm, t)
+    version = "seed" if lora is None else f"factory:{t}"
+    self._sampler.swap_weights(self._models.seed, version, lora)
     with (
         self._archive.timed(arm, t, "propose"),
         progress.bar(
             f"{_where(arm, t)}sampling", samples - have, "program"
         ) as bar,
     ):
-      for batch in self._factory.generate(
+      for batch in self._sampler.generate(
           [self._prompt] * (samples - have),
           keys,
           max_new_tokens=config.max_new_tokens,
+          batch_size=config.batch_size,
           temperature=self._config.temperature(t),
       ):
+        engine = self._sampler.engine
         self._archive.add_completions(
             [
-                records.Completion(arm, t, have + i, g.text, g.finished)
+                records.Completion(arm, t, have + i, g.text, g.finished, engine)
                 for i, g in enumerate(batch)
             ]
         )
@@ -423,7 +503,7 @@ class _Run:
       return self._models.seed, True
     if family == "expert":
       return self._models.experts[settings], True
-    # What the judge last held is overwritten: it gets the next one.
+    # What the sampler last held is overwritten: it gets the next one.
     into, self._merged = self._merged, None
     merger = self._models.merger
     if name.startswith(records.PROGRAM):
@@ -444,7 +524,7 @@ class _Run:
     start = time.monotonic()
     params, is_finite = self._merge(name)
     merged = time.monotonic()
-    responses = self._respond(params, split) if is_finite else []
+    responses = self._respond(name, params, split) if is_finite else []
     self._archive.add_score(
         records.Score(
             model=name,
@@ -453,21 +533,23 @@ class _Run:
             correct=sum(r.correct for r in responses) if is_finite else None,
             merge_s=merged - start,
             evaluate_s=time.monotonic() - merged,
+            engine=self._sampler.engine,
         ),
         responses,
     )
 
   def _respond(
-      self, params: models.Params, split: str
+      self, name: str, params: models.Params, split: str
   ) -> list[records.Response]:
-    items = self._items(split)
-    self._judge.swap_weights(params)
-    batches = self._judge.generate(
+    items, settings = self._items(split), self._config.evaluate
+    self._sampler.swap_weights(params, name)
+    batches = self._sampler.generate(
         [item.prompt for item in items],
-        max_new_tokens=self._config.evaluate.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
     )
-    texts = [generation.text for batch in batches for generation in batch]
-    return evaluation.grade(self._task, items, texts)
+    generations = [generation for batch in batches for generation in batch]
+    return evaluation.grade(self._task, items, generations)
 
   # Preferences and DPO.
 

@@ -57,3 +57,26 @@ def bar(what: str, total: int, unit: str = "step") -> Iterator:
     yield lines
   finally:
     lines.close()
+
+
+class Waiting:
+  """Says every few seconds that something is still waited for."""
+
+  def __init__(self, what: str):
+    self._what = what
+    self._start = self._last = time.monotonic()
+
+  @property
+  def seconds(self) -> float:
+    """Since it began."""
+    return time.monotonic() - self._start
+
+  def tell(self, detail: str):
+    """A line, if the last one is old enough."""
+    if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+      self._last = time.monotonic()
+      print(
+          f"{self._what}: {self.seconds:.0f} s, {detail}",
+          file=sys.stderr,
+          flush=True,
+      )

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 LOOP = "loop"  # The arm whose factory is refined by DPO.
 CONTROL = "control"  # The same loop without DPO.
@@ -52,6 +52,7 @@ class Completion:
   item: int  # Position within the iteration.
   text: str
   finished: bool  # False when cut at the token limit.
+  engine: str = ""  # What sampled it: "jax 0.10.2", "vllm 0.32.0".
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Response:
   gold: str
   extracted: str | None
   correct: bool
+  truncated: bool = False  # The prompt did not fit and lost its beginning.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Score:
   correct: int | None
   merge_s: float = 0.0
   evaluate_s: float = 0.0
+  engine: str = ""  # As in `Completion`.
 
   @property
   def accuracy(self) -> float | None:

@@ -1,4 +1,4 @@
--- Schema version 1. One row per record of selfdev_jax/records.py.
+-- Schema version 2. One row per record of selfdev_jax/records.py.
 CREATE TABLE meta (
   key TEXT PRIMARY KEY,
   value TEXT NOT NULL                -- JSON
@@ -9,6 +9,7 @@ CREATE TABLE completions (
   item INTEGER NOT NULL,
   text TEXT NOT NULL,
   finished INTEGER NOT NULL,
+  engine TEXT NOT NULL,              -- Name and version of what sampled it
   PRIMARY KEY (arm, iteration, item)
 );
 CREATE TABLE programs (              -- What the verifier let through.
@@ -36,6 +37,7 @@ CREATE TABLE scores (
   correct INTEGER,                   -- NULL: the merge failed or was not finite
   merge_s REAL NOT NULL,
   evaluate_s REAL NOT NULL,
+  engine TEXT NOT NULL,
   PRIMARY KEY (model, split)
 );
 CREATE TABLE questions (             -- Shared by all models' responses.
@@ -52,6 +54,7 @@ CREATE TABLE responses (
   text TEXT NOT NULL,
   extracted TEXT,
   correct INTEGER NOT NULL,
+  truncated INTEGER NOT NULL,        -- The prompt lost its beginning
   PRIMARY KEY (model, split, item),
   FOREIGN KEY (model, split) REFERENCES scores (model, split)
 ) WITHOUT ROWID;

@@ -260,7 +260,7 @@ class Store:
 
   def completions(self, arm: str, iteration: int) -> list[records.Completion]:
     return [
-        records.Completion(*row[:4], bool(row[4]))
+        records.Completion(*row[:4], bool(row[4]), row[5])
         for row in self._db.execute(
             "SELECT * FROM completions WHERE arm = ? AND iteration = ?"
             " ORDER BY item",
@@ -337,7 +337,15 @@ class Store:
       self._insert(
           "responses",
           [
-              (score.model, score.split, r.item, r.text, r.extracted, r.correct)
+              (
+                  score.model,
+                  score.split,
+                  r.item,
+                  r.text,
+                  r.extracted,
+                  r.correct,
+                  r.truncated,
+              )
               for r in responses
           ],
       )
@@ -359,9 +367,9 @@ class Store:
 
   def responses(self, model: str, split: str) -> list[records.Response]:
     return [
-        records.Response(*row[:5], bool(row[5]))
+        records.Response(*row[:5], *map(bool, row[5:]))
         for row in self._db.execute(
-            "SELECT item, prompt, text, gold, extracted, correct"
+            "SELECT item, prompt, text, gold, extracted, correct, truncated"
             " FROM responses JOIN questions USING (split, item)"
             " WHERE model = ? AND split = ? ORDER BY item",
             (model, split),

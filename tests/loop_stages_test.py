@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -10,10 +11,13 @@ import pytest
 from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
+from selfdev_jax import evaluation
 from selfdev_jax import loop
 from selfdev_jax import merging
 from selfdev_jax import models
+from selfdev_jax import programs
 from selfdev_jax import records
+from selfdev_jax import sampling
 from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
 
@@ -53,7 +57,8 @@ def run(tmp_path):
       store_lib.Store.create(tmp_path, _CONFIG, {}, {}) as archive,
       sandbox.Sandbox(_CONFIG.sandbox, merger.shapes, 2) as box,
   ):
-    yield loop._Run(_CONFIG, archive, loaded, box)
+    sampler = sampling.JaxSampler(_DECODER, _Words(), (1,))
+    yield loop._Run(_CONFIG, archive, loaded, box, sampler)
 
 
 _PROGRAMS = [
@@ -233,6 +238,52 @@ def test_a_config_that_cannot_run_is_told_before_anything_is_loaded(
   with pytest.raises(errors.UserError, match=message):
     loop.run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_do_not_fit_are_counted(run, capsys):
+  shapes = dataclasses.replace(_DECODER, max_positions=64)
+  config = dataclasses.replace(
+      _CONFIG,
+      propose=dataclasses.replace(_CONFIG.propose, max_new_tokens=8),
+      evaluate=config_lib.Evaluate(dev_size=20, test_size=30, max_new_tokens=8),
+  )
+  run._models = dataclasses.replace(run._models, decoder=shapes)
+  with pytest.raises(errors.UserError, match=r"lower propose\.max_new_tokens"):
+    loop._check_lengths(config, run._models)
+  task = evaluation.get("arithmetic")
+  prompts = [item.prompt for item in task.items(records.DEV, 20)]
+  limit = sorted(map(len, prompts))[5] + 8
+  long = programs.load_prompt("tiny")
+  monkey = pytest.MonkeyPatch()
+  with monkey.context() as patch:
+    patch.setattr(programs, "load_prompt", lambda name: long[:9])
+    shapes = dataclasses.replace(_DECODER, max_positions=limit)
+    run._models = dataclasses.replace(run._models, decoder=shapes)
+    assert loop._check_lengths(config, run._models) == limit
+  cut = sum(len(prompt) + 8 > limit for prompt in prompts)
+  said = capsys.readouterr().err
+  assert 0 < cut < 20 and f"{cut} of 20 dev prompts and 8 new" in said
+  run._config = config
+  run._sampler = sampling.JaxSampler(shapes, _Words(), (1,))
+  responses = run._respond("seed", run._models.seed, records.DEV)
+  assert sum(response.truncated for response in responses) == cut
+
+
+@pytest.mark.parametrize(
+    ("kind", "host", "message"),
+    [
+        ("replay", loop.Host(), "needs --recording"),
+        ("replay", loop.Host(recording="none"), "no recording to replay"),
+        ("vllm", loop.Host(vllm_python="nowhere"), "no such file"),
+        ("vllm", loop.Host(vllm_python=sys.executable), "make vllm-env"),
+        ("vllm", loop.Host(vllm_address="http://127.0.0.1:9"), "no vLLM serv"),
+    ],
+)
+def test_a_sampler_that_cannot_be_had(kind, host, message, run, tmp_path):
+  config = dataclasses.replace(_CONFIG, sampler=kind)
+  with pytest.raises(errors.UserError, match=message) as error:
+    loop._sampler(config, run._models, 64, host, tmp_path)
+  assert "\n" not in str(error.value)
 
 
 def test_an_expert_of_another_vocabulary_is_told(tmp_path, monkeypatch, capsys):

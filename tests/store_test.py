@@ -22,14 +22,14 @@ def _open(workdir, config=_CONFIG, identity=_IDENTITY):
 
 def _rows(archive):
   """Writes one of everything; returns what was written."""
-  completion = records.Completion("loop", 1, 0, "text\x00ü", True)
+  completion = records.Completion("loop", 1, 0, "text\x00ü", True, "jax 1")
   admitted = records.Verdict("loop", 1, 0, "src", "d1")
   archive.add_completions([completion])
   archive.add_verdict(admitted, '{"ir": 1}', {"equations": 3})
-  score = records.Score("program:d1", "dev", 2, 1, 0.5, 0.25)
+  score = records.Score("program:d1", "dev", 2, 1, 0.5, 0.25, "vllm 1")
   responses = [
       records.Response(0, "q0", "a", "1", "1", True),
-      records.Response(1, "q1", "b", "2", None, False),
+      records.Response(1, "q1", "b", "2", None, False, True),
   ]
   archive.add_score(score, responses)
   pair = records.Pair(1, 0, "p", "c", "r", "d1", None)

@@ -6,6 +6,7 @@ import re
 
 from selfdev_jax import errors
 from selfdev_jax import records
+from selfdev_jax import sampling
 from selfdev_jax.evaluation import arithmetic
 
 
@@ -57,20 +58,21 @@ def get(name: str) -> Task:
 
 
 def grade(
-    task: Task, items: list[Item], texts: list[str]
+    task: Task, items: list[Item], generations: list[sampling.Generation]
 ) -> list[records.Response]:
   """One response an item, in order."""
   responses = []
-  for i, (item, text) in enumerate(zip(items, texts, strict=True)):
-    answer = task.extract(text)
+  for i, (item, generation) in enumerate(zip(items, generations, strict=True)):
+    answer = task.extract(generation.text)
     responses.append(
         records.Response(
             item=i,
             prompt=item.prompt,
-            text=text,
+            text=generation.text,
             gold=item.gold,
             extracted=answer,
             correct=answer == item.gold,
+            truncated=generation.truncated,
         )
     )
   return responses

@@ -30,6 +30,16 @@ def pad_left(rows: list[list[int]], length: int, pad: int = 0):
   return tokens, mask
 
 
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+  """Logits with -inf for all but the likeliest of probability `top_p`."""
+  ordered = jnp.sort(logits, axis=-1, descending=True)
+  probabilities = jax.nn.softmax(ordered, axis=-1)
+  before = jnp.cumsum(probabilities, axis=-1) - probabilities
+  kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
+  least = jnp.take_along_axis(ordered, jnp.maximum(kept - 1, 0), axis=-1)
+  return jnp.where(logits < least, -jnp.inf, logits)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos"))
 def generate(
     config: decoder.DecoderConfig,
@@ -38,6 +48,7 @@ def generate(
     mask: jax.Array,
     keys: jax.Array,
     temperature: jax.Array,
+    top_p: jax.Array | float = 1.0,
     *,
     max_new_tokens: int,
     eos: tuple[int, ...],
@@ -55,6 +66,8 @@ def generate(
     mask: like `prompts`, bool, false on padding.
     keys: [batch] PRNG keys, one a row.
     temperature: scalar float32; 0 is greedy.
+    top_p: scalar float32; draws are among the likeliest tokens that have this
+      probability together (Holtzman et al., arXiv 1904.09751).
     max_new_tokens: tokens to write at most.
     eos: the tokens that end a row; at least one.
     lora: see `decoder.Decoder.__call__`.
@@ -93,7 +106,10 @@ def generate(
 
   def draw(step, logits):
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    return jax.vmap(jax.random.categorical)(step_keys, logits / temperature)
+    logits = jax.lax.cond(
+        top_p < 1, _nucleus, lambda x, _: x, logits / temperature, top_p
+    )
+    return jax.vmap(jax.random.categorical)(step_keys, logits)
 
   def choose(step, logits):
     # A branch, not a select: random bits for a whole vocabulary cost as much

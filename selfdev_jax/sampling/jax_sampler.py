@@ -2,26 +2,18 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from selfdev_jax import errors
 from selfdev_jax import models
+from selfdev_jax.sampling import sampler
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _LENGTH_STEP = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """One sampled text, without the prompt and without EOS."""
-
-  text: str
-  finished: bool  # False when cut at the token limit.
 
 
 def slots(tokens: int) -> int:
@@ -29,17 +21,39 @@ def slots(tokens: int) -> int:
   return -(-tokens // _LENGTH_STEP) * _LENGTH_STEP
 
 
-class JaxSampler:
-  """Generates with whatever weights were swapped in last.
+@functools.partial(jax.jit, static_argnames="decoder")
+def token_logprobs(
+    decoder: models.DecoderConfig,
+    params: models.Params,
+    tokens: jax.Array,
+    lora: models.Params | None = None,
+) -> jax.Array:
+  """Log-probabilities of each token given those before it.
 
-  A text depends on the weights, its prompt and its key, not on the batch.
+  Args:
+    decoder: the decoder's shape.
+    params: its parameters.
+    tokens: [batch, seq] int32, padded on the right.
+    lora: None or a LoRA adapter, `b` scaled.
+
+  Returns:
+    [batch, seq - 1] float32, in nats.
   """
+  hidden = models.forward(decoder, params, tokens, lora=lora)
+  logits = models.logits(decoder, params, hidden[:, :-1]).astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+class JaxSampler:
+  """A `Sampler` on the devices of this process."""
+
+  engine = f"jax {jax.__version__}"
 
   def __init__(
       self,
       decoder: models.DecoderConfig,
       tokenizer: transformers.PreTrainedTokenizerBase,
-      batch_size: int,
       eos: tuple[int, ...],
   ):
     """Takes what the weights do not say.
@@ -47,19 +61,21 @@ class JaxSampler:
     Args:
       decoder: the model's shape.
       tokenizer: its tokenizer.
-      batch_size: rows generated at once.
       eos: the tokens that end a text.
     """
     self._decoder = decoder
     self._tokenizer = tokenizer
-    self._batch_size = batch_size
     self._eos = eos
     self._params = self._lora = None
 
   def swap_weights(
-      self, params: models.Params, lora: models.Params | None = None
+      self,
+      params: models.Params,
+      version: str,
+      lora: models.Params | None = None,
   ):
-    """Takes other weights; `lora` as in models/decoder.py, `b` scaled."""
+    """See `Sampler.swap_weights`."""
+    del version
     self._params, self._lora = params, lora
 
   def generate(
@@ -68,59 +84,61 @@ class JaxSampler:
       keys: jax.Array | None = None,
       *,
       max_new_tokens: int,
+      batch_size: int,
+      n: int = 1,
       temperature: float = 0.0,
-  ) -> Iterator[list[Generation]]:
-    """Yields one list a batch, in the order of `prompts`.
-
-    Args:
-      prompts: texts, or the tokens of texts; where all are equal the prompt is
-        read once a batch.
-      keys: [len(prompts)] PRNG keys; None only when greedy.
-      max_new_tokens: tokens to write at most.
-      temperature: 0 is greedy.
-
-    Raises:
-      UserError: if prompt and completion do not fit the model's context.
-    """
-    rows = [
-        self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
-    longest = max(map(len, rows))
-    length = slots(longest)
-    if length + max_new_tokens > self._decoder.max_positions:
-      raise errors.UserError(
-          f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed"
-          f" the model's {self._decoder.max_positions} positions; lower"
-          " max_new_tokens"
-      )
-    if keys is None:
-      keys = jnp.broadcast_to(jax.random.key(0), len(rows))
+      top_p: float = 1.0,
+      stop: Sequence[str] = (),
+  ) -> Iterator[list[sampler.Generation]]:
+    """See `Sampler.generate`; a prompt that all share is read once a batch."""
+    positions = self._decoder.max_positions
+    asked = sampler.requests(
+        self._tokenizer, prompts, keys, n, positions, max_new_tokens
+    )
+    rows = [request.tokens for request in asked]
+    length = slots(max(map(len, rows)))
+    length = min(length, positions - max_new_tokens)
     shared = all(row == rows[0] for row in rows)
-    for start in range(0, len(rows), self._batch_size):
-      batch = rows[start : start + self._batch_size]
+    for start in range(0, len(rows), batch_size):
+      batch = asked[start : start + batch_size]
       # A last, smaller batch is filled up: another shape would compile anew.
-      index = start + np.arange(self._batch_size)
-      index = np.minimum(index, len(rows) - 1)
-      padded = rows[:1] if shared else [rows[i] for i in index]
+      filled = batch + batch[-1:] * (batch_size - len(batch))
+      padded = rows[:1] if shared else [request.tokens for request in filled]
       tokens, mask = models.pad_left(padded, length)
-      tokens, finished = models.generate(
+      tokens, _ = models.generate(
           self._decoder,
           self._params,
           tokens,
           mask,
-          keys[index],
+          jnp.stack([request.key for request in filled]),
           np.float32(temperature),
+          np.float32(top_p),
           max_new_tokens=max_new_tokens,
           eos=self._eos,
           lora=self._lora,
       )
-      yield self._decode(np.asarray(tokens), np.asarray(finished), len(batch))
+      yield [
+          sampler.generation(self._tokenizer, row, request, self._eos, stop)
+          for row, request in zip(
+              np.asarray(tokens)[: len(batch)], batch, strict=True
+          )
+      ]
 
-  def _decode(self, tokens, finished, n) -> list[Generation]:
-    generations = []
-    for row, done in zip(tokens[:n], finished[:n], strict=True):
-      ends = np.flatnonzero(np.isin(row, self._eos))
-      text = self._tokenizer.decode(row[: ends[0]] if len(ends) else row)
-      generations.append(Generation(text, bool(done)))
-    return generations
+  def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """See `Sampler.logprobs`."""
+    found = []
+    for row in rows:
+      tokens = np.zeros((1, slots(len(row))), np.int32)
+      tokens[0, : len(row)] = row
+      logprobs = token_logprobs(self._decoder, self._params, tokens, self._lora)
+      found.append(np.asarray(logprobs)[0, : len(row) - 1])
+    return found
+
+  def health(self):
+    """See `Sampler.health`."""
+    if self._params is None:
+      raise sampler.SamplerError("the sampler has no weights yet")
+
+  def close(self):
+    """See `Sampler.close`."""
+    self._params = self._lora = None

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 import pytest
 
 from selfdev_jax import evaluation
+from selfdev_jax import sampling
 from selfdev_jax.evaluation import arithmetic
 
 
@@ -44,8 +45,19 @@ def test_the_answer_is_right_and_is_what_the_scorer_reads(
   assert str(problem.b) in problem.question
   task = evaluation.get("arithmetic")
   item = evaluation.Item(problem.prompt, problem.answer)
-  (response,) = evaluation.grade(task, [item], [problem.solution])
+  (response,) = evaluation.grade(task, [item], [_said(problem.solution)])
   assert response.correct and response.extracted == problem.answer
+
+
+def _said(text, **fields):
+  return sampling.Generation(text, True, **fields)
+
+
+def test_a_response_keeps_that_its_prompt_was_cut():
+  task, item = evaluation.get("arithmetic"), evaluation.Item("q", "19")
+  said = [_said("#### 19"), _said("#### 19", truncated=True)]
+  whole, cut = evaluation.grade(task, [item, item], said)
+  assert (whole.truncated, cut.truncated) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +75,7 @@ def test_the_answer_is_right_and_is_what_the_scorer_reads(
 )
 def test_the_first_marked_number_counts(text, extracted, correct):
   task, item = evaluation.get("arithmetic"), evaluation.Item("q", "19")
-  (response,) = evaluation.grade(task, [item], [text])
+  (response,) = evaluation.grade(task, [item], [_said(text)])
   assert (response.extracted, response.correct) == (extracted, correct)
   assert response.text == text and response.gold == "19"
 

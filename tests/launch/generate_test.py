@@ -13,6 +13,7 @@ import transformers
 
 from selfdev_jax import convert
 from selfdev_jax import errors
+from selfdev_jax import progress
 from selfdev_jax import models
 from selfdev_jax import sampling
 from selfdev_jax.tiny import corpus
@@ -206,9 +207,13 @@ def test_an_empty_prompt(launch, plain, chatty):
   assert launch(model=chatty, prompt="", max_new_tokens=_NEW)
 
 
-def test_a_prompt_that_is_too_long(launch, plain):
-  with pytest.raises(errors.UserError, match="exceed the model's 64 positions"):
-    launch(model=plain, prompt=_PROMPT * 20)
+def test_a_prompt_that_is_too_long(launch, plain, monkeypatch):
+  notes = []
+  monkeypatch.setattr(progress, "note", notes.append)
+  with pytest.raises(errors.UserError, match="no room for a prompt in the mod"):
+    launch(model=plain, prompt=_PROMPT)
+  assert launch(model=plain, prompt=_PROMPT * 20, max_new_tokens=_NEW)
+  assert notes == ["the prompt does not fit the model; its beginning was cut"]
 
 
 def test_no_model(launch, tmp_path):

@@ -2,6 +2,7 @@ import random
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import transformers
 
@@ -33,11 +34,10 @@ _CONFIG = models.DecoderConfig(
 _PROMPTS = ["Q: Ann has 12 apples", "A", "Ben has 3 toys. How", "There", "x y"]
 
 
-def _sampler(tokenizer, batch_size, seed=0):
-  sampler = sampling.JaxSampler(
-      _CONFIG, tokenizer, batch_size, (tokenizer.eos_token_id,)
-  )
-  sampler.swap_weights(models.init_params(_CONFIG, seed))
+@pytest.fixture
+def sampler(tokenizer):
+  sampler = sampling.JaxSampler(_CONFIG, tokenizer, (tokenizer.eos_token_id,))
+  sampler.swap_weights(models.init_params(_CONFIG, 0), "0")
   return sampler
 
 
@@ -46,47 +46,114 @@ def _keys(n):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_text_does_not_depend_on_its_batch(tokenizer, temperature):
-  texts = []
+def test_a_text_does_not_depend_on_its_batch(sampler, temperature):
+  said = []
   for batch_size in (1, 2, 8):
     batches = list(
-        _sampler(tokenizer, batch_size).generate(
-            _PROMPTS, _keys(5), max_new_tokens=12, temperature=temperature
+        sampler.generate(
+            _PROMPTS,
+            _keys(5),
+            max_new_tokens=12,
+            batch_size=batch_size,
+            temperature=temperature,
         )
     )
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (
         len(batches) - 1
     )
-    texts.append([g.text for batch in batches for g in batch])
-  assert texts[0] == texts[1] == texts[2]
+    said.append([g.text for batch in batches for g in batch])
+  assert said[0] == said[1] == said[2]
 
 
-def test_a_shared_prompt_gives_what_separate_rows_give(tokenizer):
-  sampler = _sampler(tokenizer, 4)
-  shared = next(
-      sampler.generate(
-          _PROMPTS[:1] * 4, _keys(4), max_new_tokens=12, temperature=1.0
-      )
+def _one(sampler, prompts, keys=None, max_new_tokens=12, **settings):
+  settings = {"batch_size": 8, "temperature": 1.0} | settings
+  batches = sampler.generate(
+      prompts, keys, max_new_tokens=max_new_tokens, **settings
   )
-  mixed = next(
-      sampler.generate(
-          [*_PROMPTS[:1] * 3, "A"], _keys(4), max_new_tokens=12, temperature=1.0
-      )
-  )
+  return [g for batch in batches for g in batch]
+
+
+def test_a_shared_prompt_gives_what_separate_rows_give(sampler):
+  shared = _one(sampler, _PROMPTS[:1] * 4, _keys(4))
+  mixed = _one(sampler, [*_PROMPTS[:1] * 3, "A"], _keys(4))
   assert shared[:3] == mixed[:3]
   assert len({g.text for g in shared}) > 1
 
 
-def test_other_weights_other_texts(tokenizer):
-  sampler = _sampler(tokenizer, 5)
-  first = next(sampler.generate(_PROMPTS, max_new_tokens=8))
-  sampler.swap_weights(models.init_params(_CONFIG, 7))
-  second = next(sampler.generate(_PROMPTS, max_new_tokens=8))
-  sampler.swap_weights(models.init_params(_CONFIG, 0))
+def test_other_weights_other_texts(sampler):
+  first = _one(sampler, _PROMPTS, temperature=0.0)
+  sampler.swap_weights(models.init_params(_CONFIG, 7), "7")
+  second = _one(sampler, _PROMPTS, temperature=0.0)
+  sampler.swap_weights(models.init_params(_CONFIG, 0), "0")
   assert first != second
-  assert next(sampler.generate(_PROMPTS, max_new_tokens=8)) == first
+  assert _one(sampler, _PROMPTS, temperature=0.0) == first
 
 
-def test_a_prompt_that_does_not_fit_is_told(tokenizer):
-  with pytest.raises(errors.UserError, match="exceed the model's 64 positions"):
-    next(_sampler(tokenizer, 1).generate(["A"], max_new_tokens=60))
+def test_n_texts_a_prompt_follow_each_other(sampler):
+  several = _one(sampler, _PROMPTS[:2], _keys(2), n=3)
+  assert len(several) == 6 and len({g.tokens for g in several}) == 6
+  (alone,) = _one(
+      sampler, _PROMPTS[1:2], jax.random.fold_in(_keys(2)[1], 2)[None]
+  )
+  assert several[5] == alone
+
+
+def test_a_stop_text_ends_a_generation(sampler):
+  (whole,) = _one(sampler, _PROMPTS[:1], temperature=0.0)
+  stop = whole.text[5:8]
+  (cut,) = _one(sampler, _PROMPTS[:1], temperature=0.0, stop=["never", stop])
+  assert cut.text == whole.text[: whole.text.index(stop)]
+  assert cut.finished
+
+
+def test_top_p_draws_among_the_likeliest(sampler, tokenizer):
+  prompt = tokenizer.encode(_PROMPTS[0])
+  keys = _keys(200)
+  texts = lambda top_p: {
+      g.tokens
+      for g in _one(
+          sampler, [prompt] * 200, keys, 1, batch_size=200, top_p=top_p
+      )
+  }
+  greedy = {g.tokens for g in _one(sampler, [prompt], None, 1, temperature=0.0)}
+  assert texts(1e-6) == greedy
+  weights = models.init_params(_CONFIG, 0)
+  hidden = models.forward(_CONFIG, weights, jnp.array([prompt]))
+  logits = models.logits(_CONFIG, weights, hidden[0, -1])
+  order = np.argsort(-np.asarray(logits))
+  before = np.cumsum(np.asarray(jax.nn.softmax(logits))[order])
+  nucleus = set(order[: 1 + np.searchsorted(before, 0.1)].tolist())
+  drawn = {token for (token,) in texts(0.1) if token is not None}
+  assert drawn <= nucleus and len(drawn) > 5
+  assert len(texts(1.0)) > len(nucleus)
+
+
+def test_logprobs_are_those_of_the_forward_pass(sampler, tokenizer):
+  rows = [tokenizer.encode(prompt) for prompt in (_PROMPTS[0], _PROMPTS[2])]
+  weights = models.init_params(_CONFIG, 0)
+  for row, got in zip(rows, sampler.logprobs(rows), strict=True):
+    hidden = models.forward(_CONFIG, weights, jnp.array([row]))
+    logits = models.logits(_CONFIG, weights, hidden[0]).astype(jnp.float32)
+    expected = jax.nn.log_softmax(logits)[jnp.arange(len(row) - 1), row[1:]]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_prompt_that_does_not_fit_loses_its_beginning(sampler, tokenizer):
+  prompt = tokenizer.encode(" ".join(_PROMPTS) * 4)
+  assert len(prompt) > 64
+  long, short = _one(sampler, [prompt, _PROMPTS[1]], temperature=0.0)
+  assert long.truncated and not short.truncated
+  (end,) = _one(sampler, [prompt[-52:]], temperature=0.0)
+  assert end.tokens == long.tokens and not end.truncated
+
+
+def test_no_room_for_any_prompt_is_told(sampler):
+  with pytest.raises(errors.UserError, match="leave no room for a prompt"):
+    _one(sampler, ["A"], None, 64)
+
+
+def test_health_asks_for_weights(sampler):
+  sampler.health()
+  sampler.close()
+  with pytest.raises(sampling.SamplerError, match="no weights"):
+    sampler.health()

@@ -1,0 +1,429 @@
+"""The sampler behind which a vLLM server stands, fed with weights from JAX."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import concurrent.futures
+import pathlib
+import time
+from typing import Any
+from typing import TypeVar
+
+import jax
+import numpy as np
+import transformers
+
+from selfdev_jax import convert
+from selfdev_jax import models
+from selfdev_jax import progress
+from selfdev_jax.sampling import jax_sampler
+from selfdev_jax.sampling import sampler
+from selfdev_jax.sampling.vllm import client as client_lib
+from selfdev_jax.sampling.vllm import server as server_lib
+from selfdev_jax.sampling.vllm import transport as transport_lib
+from selfdev_jax.sampling.vllm.error import EngineError
+
+_ATTEMPTS = 3
+_BACK_OFF_S = 1.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+_THREADS = 32
+_CANARY_TOKENS = 16
+# Largest difference of a log-probability, in nats, between vLLM and JAX on the
+# same weights: what rounding gives, and far below what wrong weights give.
+_CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+
+T = TypeVar("T")
+
+
+class VllmSampler:
+  """A `Sampler`; an engine that fails is replaced, and its work repeated."""
+
+  def __init__(
+      self,
+      decoder: models.DecoderConfig,
+      tokenizer: transformers.PreTrainedTokenizerBase,
+      eos: tuple[int, ...],
+      *,
+      directory: pathlib.Path,
+      dtype: Any,
+      max_length: int,
+      log_dir: pathlib.Path,
+      python: pathlib.Path | None = None,
+      address: str | None = None,
+      transport: str = "shm",
+      workers: int = 1,
+      arguments: Sequence[str] = (),
+      start_timeout_s: float = 600.0,
+      stall_s: float = 900.0,
+  ):
+    """Starts a server, or meets the one at `address`.
+
+    Args:
+      decoder: the model's shape.
+      tokenizer: its tokenizer.
+      eos: the tokens that end a text.
+      directory: Hugging Face directory of a model of that shape, which a server
+        of our own begins with.
+      dtype: of the weights.
+      max_length: positions that prompt and completion need at most.
+      log_dir: gets the logs of servers of our own.
+      python: see `server.find_python`.
+      address: of a server of the user's, http://127.0.0.1:8000.
+      transport: shm, cuda_ipc or nccl.
+      workers: GPUs that share a model.
+      arguments: more for vLLM's command line.
+      start_timeout_s: seconds until a server has to answer.
+      stall_s: seconds without any answer after which an engine is given up.
+
+    Raises:
+      SamplerError: if vLLM is not installed or the address is of no such
+        server.
+    """
+    self._decoder = decoder
+    self._tokenizer = tokenizer
+    self._eos = eos
+    self._directory = directory
+    self._dtype = np.dtype(dtype)
+    self._positions = min(max_length, decoder.max_positions)
+    self._address = address
+    self._transport_kind, self._workers = transport, workers
+    self._stall_s = stall_s
+    self._options = None
+    if address is None:
+      self._options = server_lib.Options(
+          python=server_lib.find_python(python),
+          log_dir=log_dir,
+          backend="nccl" if transport == "nccl" else "selfdev",
+          max_length=self._positions,
+          dtype=str(self._dtype),
+          start_timeout_s=start_timeout_s,
+          arguments=tuple(arguments),
+      )
+    self._server: server_lib.Server | None = None
+    self._client: client_lib.Client | None = None
+    self._transport: transport_lib.Transport | None = None
+    self._held: dict[str, Any] = {}  # Leaves by path, as the engine has them.
+    self._params = self._lora = None
+    self._version = ""
+    self._engine = "vllm"
+    canary = np.random.default_rng(0).integers(
+        decoder.vocab_size, size=min(_CANARY_TOKENS, self._positions - 1)
+    )
+    self._canary = canary.astype(np.int32)
+    self._survive(self._ready)
+
+  @property
+  def engine(self) -> str:
+    """Vllm and its version."""
+    return self._engine
+
+  # The engine's life.
+
+  def _survive(self, work: Callable[[], T]) -> T:
+    """Does `work`; with another engine, again, where this one fails."""
+    for attempt in range(_ATTEMPTS):
+      try:
+        self._ready()
+        return work()
+      except EngineError as error:
+        reason = f"{error}"
+        if self._server is not None and "status" not in reason:
+          reason += f"; {self._server.reason()}"
+        self._discard()
+        if self._address is not None or attempt == _ATTEMPTS - 1:
+          raise sampler.SamplerError(
+              f"vLLM failed {attempt + 1} times, at last: {reason}"
+          ) from None
+        progress.note(
+            f"vLLM failed ({reason}); a new engine is started, and what was"
+            " under way is repeated"
+        )
+        time.sleep(_BACK_OFF_S * 2**attempt)
+      except BaseException:
+        # An update that was cut short leaves neither the old weights nor the
+        # new ones.
+        self._discard()
+        raise
+    raise AssertionError("unreachable")
+
+  def _ready(self):
+    """Has an engine, with the weights that were swapped in last."""
+    if self._client is not None:
+      return
+    if self._address is None:
+      self._server = server_lib.Server(self._options, self._directory)
+      self._client = self._server.client
+    else:
+      self._client = client_lib.Client(self._address)
+    self._meet()
+    # The first forward pass of an engine takes seconds more than others.
+    self._logprobs([self._canary.tolist()])
+    if self._params is not None:
+      self._push()
+
+  def _meet(self):
+    """Asks the server who it is, and opens the way for weights."""
+    try:
+      version, length = self._client.version(), self._client.max_model_len()
+    except (EngineError, sampler.SamplerError, KeyError, IndexError) as error:
+      if self._address is None:
+        raise
+      raise sampler.SamplerError(
+          f"there is no vLLM server at {self._address}: {error}"
+      ) from None
+    self._engine = f"vllm {version}"
+    if length is not None and length < self._positions:
+      raise sampler.SamplerError(
+          f"the vLLM server has {length} positions, {self._positions} are"
+          " needed; start it with a larger --max-model-len"
+      )
+    self._transport = transport_lib.make(
+        self._transport_kind, self._decoder, self._dtype, self._workers
+    )
+    try:
+      self._transport.connect(self._client, self._identity())
+    except (EngineError, sampler.SamplerError) as error:
+      if self._address is None:
+        raise
+      raise sampler.SamplerError(
+          f"the vLLM server at {self._address} does not take our weights"
+          f" ({error}); it has to serve {self._directory} and be started by"
+          " VLLM_SERVER_DEV_MODE=1"
+          f" PYTHONPATH={server_lib.ENGINE_SIDE} with --worker-extension-cls="
+          'selfdev_weights.Extension --weight-transfer-config=\'{"backend":'
+          ' "selfdev"}\''
+      ) from None
+
+  def _identity(self) -> dict[str, Any]:
+    """What both sides' config.json have to agree on."""
+    config = self._decoder
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "intermediate_size": config.mlp,
+        "tie_word_embeddings": config.tied_head,
+        "dtype": str(self._dtype),
+    }
+
+  def _discard(self):
+    self._held = {}
+    if self._transport is not None:
+      self._transport.close()
+    if self._server is not None:
+      self._server.stop()
+    elif self._client is not None:
+      self._client.close()
+    self._transport = self._server = self._client = None
+
+  def health(self):
+    """See `Sampler.health`."""
+    if self._client is None:
+      raise sampler.SamplerError("vLLM is not running")
+    try:
+      self._client.health()
+    except EngineError as error:
+      raise sampler.SamplerError(f"vLLM is not well: {error}") from None
+
+  def close(self):
+    """See `Sampler.close`."""
+    self._params = self._lora = None
+    self._discard()
+
+  # Weights.
+
+  def swap_weights(
+      self,
+      params: models.Params,
+      version: str,
+      lora: models.Params | None = None,
+  ):
+    """See `Sampler.swap_weights`; only leaves that are other arrays are sent.
+
+    Arrays must not be changed, or donated, before the next swap has begun.
+    """
+    self._check(params)
+    self._params, self._lora, self._version = params, lora, version
+    self._survive(self._push)
+
+  def _check(self, params: models.Params):
+    expected = models.abstract_params(self._decoder)
+    if jax.tree.structure(params) != jax.tree.structure(expected):
+      raise sampler.SamplerError(
+          "these weights have other tensors than the model"
+      )
+    for path, leaf, _ in convert.named_leaves(self._decoder, params):
+      shape = convert.get_path(expected, path).shape
+      if leaf.shape != shape or np.dtype(leaf.dtype) != self._dtype:
+        raise sampler.SamplerError(
+            f"{path} is {leaf.dtype}{list(leaf.shape)}; vLLM serves"
+            f" {self._dtype}{list(shape)}"
+        )
+
+  def _push(self):
+    params = self._params
+    if self._lora is not None:
+      adapter = convert.Adapter(self._lora, 1.0)
+      params = convert.apply_adapter(params, adapter)
+    leaves = {
+        path: leaf
+        for path, leaf, _ in convert.named_leaves(self._decoder, params)
+    }
+    other = {p for p, leaf in leaves.items() if self._held.get(p) is not leaf}
+    if not other:
+      if self._client.weight_version() != self._version:
+        self._client.update_weight_version(self._version)
+      return
+    paths = transport_lib.whole_groups(other) & leaves.keys()
+    client = self._client
+    client.pause()
+    client.start_weight_update()
+    tensors = transport_lib.groups(self._decoder, params, paths)
+    self._transport.send(client, tensors)
+    client.finish_weight_update(self._version)
+    client.reset_prefix_cache()
+    client.resume()
+    found = client.weight_version()
+    if found != self._version:
+      raise EngineError(
+          f"it has the weights {found!r} after {self._version!r} were sent"
+      )
+    self._check_canary()
+    self._held = leaves
+
+  def _check_canary(self):
+    """Asserts that vLLM computes with these weights what JAX computes."""
+    expected = jax_sampler.token_logprobs(
+        self._decoder, self._params, self._canary[None], self._lora
+    )
+    (got,) = self._logprobs([self._canary.tolist()])
+    worst = float(np.abs(got - np.asarray(expected)[0]).max())
+    if not worst <= _CANARY_TOLERANCE[str(self._dtype)]:
+      raise EngineError(
+          f"after a swap its log-probabilities are off by {worst:.3g} nats"
+      )
+
+  # Texts.
+
+  def generate(
+      self,
+      prompts: Sequence[str | list[int]],
+      keys: jax.Array | None = None,
+      *,
+      max_new_tokens: int,
+      batch_size: int,
+      n: int = 1,
+      temperature: float = 0.0,
+      top_p: float = 1.0,
+      stop: Sequence[str] = (),
+  ) -> Iterator[list[sampler.Generation]]:
+    """See `Sampler.generate`."""
+    asked = sampler.requests(
+        self._tokenizer, prompts, keys, n, self._positions, max_new_tokens
+    )
+    settings = {
+        "max_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "stop_token_ids": list(self._eos),
+        "stop": list(stop),
+    }
+    for start in range(0, len(asked), batch_size):
+      batch = asked[start : start + batch_size]
+      choices = self._survive(lambda batch=batch: self._ask(batch, settings))
+      yield [
+          sampler.generation(
+              self._tokenizer, _tokens(choice, self._eos), r, self._eos, stop
+          )
+          for choice, r in zip(choices, batch, strict=True)
+      ]
+
+  def _ask(
+      self, batch: list[sampler.Request], settings: Mapping[str, Any]
+  ) -> list[dict[str, Any]]:
+    """The choices of a batch: one call for all if greedy, else one for each."""
+    if settings["temperature"] == 0:
+      rows = [request.tokens for request in batch]
+      return self._together([lambda: self._client.complete(rows, **settings)])[
+          0
+      ]
+    seeds = np.asarray(
+        jax.random.key_data(jax.numpy.stack([r.key for r in batch]))
+    ).astype(np.uint64)
+    # 63 bits: vLLM takes a signed number.
+    seeds = ((seeds[:, 0] << np.uint64(32)) | seeds[:, 1]) >> np.uint64(1)
+    calls = [
+        lambda r=r, s=int(seed): self._client.complete(
+            [r.tokens], seed=s, **settings
+        )
+        for r, seed in zip(batch, seeds, strict=True)
+    ]
+    return [choice for (choice,) in self._together(calls)]
+
+  def _together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Results of calls to the server, which is watched meanwhile."""
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    try:
+      waiting = progress.Waiting("Waiting for vLLM")
+      futures = [pool.submit(call) for call in calls]
+      pending, last_answer = set(futures), time.monotonic()
+      while pending:
+        done, pending = concurrent.futures.wait(
+            pending,
+            _SECONDS_BETWEEN_LOOKS,
+            concurrent.futures.FIRST_COMPLETED,
+        )
+        for future in done:
+          future.result()
+          last_answer = time.monotonic()
+        silent = time.monotonic() - last_answer
+        if pending and not done:
+          self._look(silent)
+          waiting.tell(f"{len(pending)} of {len(calls)} answers to come")
+      return [future.result() for future in futures]
+    finally:
+      # Calls that hang end with the engine, which is discarded.
+      pool.shutdown(wait=False, cancel_futures=True)
+
+  def _look(self, silent_s: float):
+    if self._server is not None:
+      self._server.check()
+    if silent_s > self._stall_s:
+      raise EngineError(f"it gave no answer for {silent_s:.0f} s")
+
+  def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """See `Sampler.logprobs`."""
+    return self._survive(lambda: self._logprobs(rows))
+
+  def _logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    (choices,) = self._together(
+        [
+            lambda: self._client.complete(
+                rows, max_tokens=1, temperature=0.0, prompt_logprobs=0
+            )
+        ]
+    )
+    return [
+        np.array(
+            [
+                given[str(token)]["logprob"]
+                for given, token in zip(
+                    choice["prompt_logprobs"][1:], row[1:], strict=True
+                )
+            ],
+            np.float32,
+        )
+        for choice, row in zip(choices, rows, strict=True)
+    ]
+
+
+def _tokens(choice: Mapping[str, Any], eos: Sequence[int]) -> list[int]:
+  """The tokens of an answer, EOS included where that ended it."""
+  tokens = choice["token_ids"]
+  by_text = isinstance(choice["stop_reason"], str)
+  if choice["finish_reason"] != "stop" or by_text:
+    return tokens
+  return tokens if tokens and tokens[-1] in eos else [*tokens, eos[0]]
