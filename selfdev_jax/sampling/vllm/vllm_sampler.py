@@ -29,6 +29,7 @@ _BACK_OFF_S = 1.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 _THREADS = 32
 _CANARY_TOKENS = 16
+_MAX_SEED = np.uint64(2**63 - 1)  # vLLM takes a signed number.
 # Largest difference of a log-probability, in nats, between vLLM and JAX on the
 # same weights: what rounding gives, and far below what wrong weights give.
 _CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
@@ -85,6 +86,7 @@ class VllmSampler:
     self._eos = eos
     self._directory = directory
     self._dtype = np.dtype(dtype)
+    self._expected = models.abstract_params(decoder)
     self._positions = min(max_length, decoder.max_positions)
     self._address = address
     self._transport_kind, self._workers = transport, workers
@@ -250,7 +252,7 @@ class VllmSampler:
     self._survive(self._push)
 
   def _check(self, params: models.Params):
-    expected = models.abstract_params(self._decoder)
+    expected = self._expected
     if jax.tree.structure(params) != jax.tree.structure(expected):
       raise sampler.SamplerError(
           "these weights have other tensors than the model"
@@ -279,6 +281,10 @@ class VllmSampler:
       return
     paths = transport_lib.whole_groups(other) & leaves.keys()
     client = self._client
+    # JAX computes it while the weights are on their way.
+    canary = jax_sampler.token_logprobs(
+        self._decoder, self._params, self._canary[None], self._lora
+    )
     client.pause()
     client.start_weight_update()
     tensors = transport_lib.groups(self._decoder, params, paths)
@@ -291,16 +297,13 @@ class VllmSampler:
       raise EngineError(
           f"it has the weights {found!r} after {self._version!r} were sent"
       )
-    self._check_canary()
+    self._check_canary(np.asarray(canary)[0])
     self._held = leaves
 
-  def _check_canary(self):
+  def _check_canary(self, expected: np.ndarray):
     """Asserts that vLLM computes with these weights what JAX computes."""
-    expected = jax_sampler.token_logprobs(
-        self._decoder, self._params, self._canary[None], self._lora
-    )
     (got,) = self._logprobs([self._canary.tolist()])
-    worst = float(np.abs(got - np.asarray(expected)[0]).max())
+    worst = float(np.abs(got - expected).max())
     if not worst <= _CANARY_TOLERANCE[str(self._dtype)]:
       raise EngineError(
           f"after a swap its log-probabilities are off by {worst:.3g} nats"
@@ -353,8 +356,7 @@ class VllmSampler:
     seeds = np.asarray(
         jax.random.key_data(jax.numpy.stack([r.key for r in batch]))
     ).astype(np.uint64)
-    # 63 bits: vLLM takes a signed number.
-    seeds = ((seeds[:, 0] << np.uint64(32)) | seeds[:, 1]) >> np.uint64(1)
+    seeds = ((seeds[:, 0] << np.uint64(32)) | seeds[:, 1]) & _MAX_SEED
     calls = [
         lambda r=r, s=int(seed): self._client.complete(
             [r.tokens], seed=s, **settings

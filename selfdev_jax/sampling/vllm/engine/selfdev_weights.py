@@ -140,7 +140,8 @@ class Engine(base.WeightTransferEngine[Init, Update]):
 
   def finish_weight_update(self) -> None:
     reload.finalize_layerwise_reload(self.model, self.model_config)
-    if self.device.type == "cpu":
+    has_vocabulary = any(".layers." not in name for name in self._names)
+    if has_vocabulary and self.device.type == "cpu":
       self._repack()
 
   def _repack(self):
