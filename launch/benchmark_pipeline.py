@@ -4,7 +4,7 @@
   python -m launch.benchmark_pipeline
 
 Both merge the same base and three experts by task arithmetic with the same
-weights and arithmetic, and have the same vLLM answer the same prompts, greedily:
+weights and arithmetic, and have one vLLM answer the same prompts, greedily:
 
   ours     merge in memory, swap into the engine that runs, evaluate
   pytorch  mergekit 0.1.5 writes a directory, a vLLM server is started on it,

@@ -113,6 +113,8 @@ class JaxSampler:
         self._tokenizer, prompts, keys, n, positions, max_new_tokens
     )
     rows = [request.tokens for request in asked]
+    if not rows:
+      return
     length = slots(max(map(len, rows)))
     length = min(length, positions - max_new_tokens)
     shared = all(row == rows[0] for row in rows)

@@ -90,7 +90,7 @@ class Sampler(Protocol):
     """Log-probabilities, in nats, of tokens given those before them.
 
     Args:
-      rows: tokens; each row fits the context.
+      rows: tokens; each row leaves room for one more in the context.
 
     Returns:
       [len(row) - 1] float32 a row: of its second token, third, ...

@@ -13,8 +13,8 @@ import transformers
 
 from selfdev_jax import convert
 from selfdev_jax import errors
-from selfdev_jax import progress
 from selfdev_jax import models
+from selfdev_jax import progress
 from selfdev_jax import sampling
 from selfdev_jax.tiny import corpus
 

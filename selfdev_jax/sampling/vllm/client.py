@@ -21,8 +21,15 @@ class Client:
   """
 
   def __init__(self, address: str):
+    try:
+      url = httpx.URL(address)
+    except httpx.InvalidURL as error:
+      raise sampler.SamplerError(
+          f"there is no vLLM server at {address}: {error}; an address looks"
+          " like http://127.0.0.1:8000"
+      ) from None
     self._http = httpx.Client(
-        base_url=address,
+        base_url=url,
         # A slow engine is not a lost one: who waits watches the process.
         timeout=httpx.Timeout(None, connect=_CONNECT_S),
         limits=httpx.Limits(

