@@ -48,7 +48,7 @@ def generate(
     mask: jax.Array,
     keys: jax.Array,
     temperature: jax.Array,
-    top_p: jax.Array | float = 1.0,
+    top_p: jax.Array | None = None,
     *,
     max_new_tokens: int,
     eos: tuple[int, ...],
@@ -67,7 +67,7 @@ def generate(
     keys: [batch] PRNG keys, one a row.
     temperature: scalar float32; 0 is greedy.
     top_p: scalar float32; draws are among the likeliest tokens that have this
-      probability together (Holtzman et al., arXiv 1904.09751).
+      probability together (Holtzman et al., arXiv 1904.09751). None: all.
     max_new_tokens: tokens to write at most.
     eos: the tokens that end a row; at least one.
     lora: see `decoder.Decoder.__call__`.
@@ -106,9 +106,9 @@ def generate(
 
   def draw(step, logits):
     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    logits = jax.lax.cond(
-        top_p < 1, _nucleus, lambda x, _: x, logits / temperature, top_p
-    )
+    logits /= temperature
+    if top_p is not None:
+      logits = _nucleus(logits, top_p)
     return jax.vmap(jax.random.categorical)(step_keys, logits)
 
   def choose(step, logits):

@@ -131,7 +131,7 @@ class JaxSampler:
           mask,
           jnp.stack([request.key for request in filled]),
           np.float32(temperature),
-          np.float32(top_p),
+          np.float32(top_p) if top_p < 1 else None,
           max_new_tokens=max_new_tokens,
           eos=self._eos,
           lora=self._lora,

@@ -132,7 +132,9 @@ def test_peft_reads_what_is_written(base, tmp_path):
   _assert_all_agree(base, model, adapter)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(
+    "use_rslora", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_what_peft_writes_is_read(base, tmp_path, use_rslora):
   config, _, directory = base
   torch.manual_seed(0)

@@ -108,6 +108,7 @@ def test_chosen_rises_over_rejected_with_one_compilation(params, start):
   assert train_lib._step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_equal_keys_equal_bits(params, start):
   one, same, other = (_train(params, start, seed=seed) for seed in (0, 0, 1))
   _bits_equal(one[0], same[0])
@@ -115,6 +116,7 @@ def test_equal_keys_equal_bits(params, start):
   assert one[1] != other[1]
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded(params, start, monkeypatch):
   assert jax.device_count() == 8
   sharded, history = _train(params, start)

@@ -45,7 +45,9 @@ def _keys(n):
   return jax.vmap(jax.random.key)(jnp.arange(n))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0]
+)
 def test_a_text_does_not_depend_on_its_batch(sampler, temperature):
   said = []
   for batch_size in (1, 2, 8):

@@ -51,7 +51,15 @@ def _jit_all(merge):
   )
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [  # Every second with the fast ones.
+        pytest.param(
+            path, id=path.stem, marks=[] if i % 2 else [pytest.mark.slow]
+        )
+        for i, path in enumerate(GOLDEN)
+    ],
+)
 def test_equals_direct_execution(box, path):
   source = path.read_text()
   verdict = box.admit(source)
