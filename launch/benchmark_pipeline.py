@@ -14,9 +14,10 @@ Random models of 134M parameters (12 layers, 32,000 tokens) in bf16, which lie
 in the page cache. mergekit runs in this process, its imports done; vLLM starts
 with the options that we start it with, compilation off, as that makes it start
 ten times faster. A start ends when the first prompt has been read. --rounds
-times, in turn: --candidates of ours, one of theirs. Times are medians, and the
-first of ours, which compiles, is not counted; "same" is the share of texts that
-are equal. 2 GB of disk in --workdir.
+times, in turn: our engine is started, for --candidates of ours, and ended; one
+candidate of theirs. Times are medians; our start is paid once a run and not
+counted, nor is the first candidate after it, nor a first merge of mergekit's.
+"same" is the share of texts that are equal. 2 GB of disk in --workdir.
 """
 
 import functools
@@ -175,9 +176,16 @@ class _Ours:
     config, params = convert.load(base)
     named = {path.name: convert.load(path)[1] for path in experts}
     self._merger = merging.Merger(params, named, scope=_SCOPE.value)
-    self._sampler = start(config, base)
+    self._start = functools.partial(start, config, base)
+    self._sampler = None
     self._prompts, self._merged = prompts, None
     self.clock = _Clock()
+
+  def open(self):
+    """Starts the engine; its first candidate does not count."""
+    self._sampler = self._start()
+    self.candidate(0.1)
+    self.clock.candidates.pop()
 
   def candidate(self, weight: float) -> list[str]:
     self.clock.begin()
@@ -197,7 +205,9 @@ class _Ours:
     return texts
 
   def close(self):
-    self._sampler.close()
+    """Leaves the cores to others."""
+    if self._sampler is not None:
+      self._sampler.close()
 
 
 class _Pytorch:
@@ -207,7 +217,7 @@ class _Pytorch:
     self._prompts, self._out = prompts, directory
     self.clock = _Clock()
 
-  def candidate(self, weight: float) -> list[str]:
+  def merge(self, weight: float):
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": str(self._base),
@@ -225,6 +235,9 @@ class _Pytorch:
         MergeOptions(copy_tokenizer=True, write_model_card=False, quiet=True),
     )
     self.clock.lap("merge")
+
+  def candidate(self, weight: float) -> list[str]:
+    self.merge(weight)
     sampler = self._start(convert.read_config(self._out), self._out)
     try:
       self.clock.lap("start")
@@ -265,11 +278,13 @@ def _measure(directory: pathlib.Path, python) -> dict:
   weights = np.linspace(0.2, 0.5, _ROUNDS.value * _CANDIDATES.value).round(3)
   same = []
   try:
-    ours.candidate(0.1)  # Compiles.
-    ours.clock.candidates.clear()
+    theirs.merge(0.1)  # Warms up.
+    theirs.clock.candidates.pop()
     with progress.bar("Measuring", _ROUNDS.value, "round") as bar:
       for some in np.split(weights, _ROUNDS.value):
+        ours.open()
         said = {float(w): ours.candidate(float(w)) for w in some}
+        ours.close()
         weight = float(some[0])
         texts = theirs.candidate(weight)
         same += [a == b for a, b in zip(said[weight], texts, strict=True)]
@@ -286,6 +301,9 @@ def _measure(directory: pathlib.Path, python) -> dict:
   ]
   return {
       "parameters": sum(sizes),
+      "dtype": "bfloat16",
+      "scope": _SCOPE.value,
+      "device": jax.default_backend(),
       "prompts": _PROMPTS.value,
       "new_tokens": _NEW_TOKENS.value,
       "n": {"ours": len(weights), "pytorch": _ROUNDS.value},

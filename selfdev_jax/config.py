@@ -68,6 +68,7 @@ class Vllm:
   tensor_parallel: int = _between(1, 1)  # GPUs that share a model.
   gpu_memory_utilization: float = _between(0.4, 0.01, 1.0)  # JAX has the rest.
   start_timeout_s: float = _between(600.0, 1.0)
+  stall_timeout_s: float = _between(1800.0, 1.0)  # Without any answer.
 
 
 @dataclasses.dataclass(frozen=True)

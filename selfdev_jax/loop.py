@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import pathlib
@@ -120,7 +121,7 @@ def run(
         ) as archive,
         _sandbox(config, loaded) as box,
         contextlib.closing(
-            _sampler(config, loaded, longest, host, archive.workdir)
+            _sampler(config, loaded, longest, host, archive)
         ) as sampler,
     ):
       _Run(config, archive, loaded, box, sampler).run()
@@ -186,23 +187,31 @@ def _sampler(
     loaded: Models,
     longest: int,
     host: Host,
-    workdir: pathlib.Path,
+    archive: store_lib.Store,
 ) -> sampling.Sampler:
   """The config's sampler; the caller closes it."""
   kind = config.sampler
+  # A recording is of one run, whoever samples for it.
+  of_run = dataclasses.replace(
+      config, sampler="auto", vllm=config_lib.Vllm(), name=""
+  )
+  run_id = config_lib.digest(of_run) + json.dumps(archive.meta("identity"))
   if kind == "replay":
     if host.recording is None:
       raise errors.UserError("--config.sampler=replay needs --recording=FILE")
-    return sampling.ReplaySampler(host.recording)
+    return sampling.ReplaySampler(host.recording, run_id)
   if kind == "auto":
     has_vllm = host.vllm_address is not None or sampling.is_installed()
     kind = "vllm" if has_vllm else "jax"
+    # A run that goes on goes on with what it began with.
+    kind = (archive.engines() or [kind])[0].partition(" ")[0]
     progress.note(f"sampler is auto: {kind}")
   eos = convert.end_tokens(loaded.directory, loaded.tokenizer)
   if kind == "jax":
     sampler = sampling.JaxSampler(loaded.decoder, loaded.tokenizer, eos)
   else:
     settings = config.vllm
+    _check_for_vllm(loaded)
     arguments = [
         f"--gpu-memory-utilization={settings.gpu_memory_utilization}",
         f"--tensor-parallel-size={settings.tensor_parallel}",
@@ -214,17 +223,34 @@ def _sampler(
         directory=loaded.directory,
         dtype=loaded.seed["embed"].dtype,
         max_length=longest,
-        log_dir=workdir / "vllm",
+        log_dir=archive.workdir / "vllm",
         python=host.vllm_python,
         address=host.vllm_address,
         transport=settings.transport,
         workers=settings.tensor_parallel,
         arguments=arguments,
         start_timeout_s=settings.start_timeout_s,
+        stall_timeout_s=settings.stall_timeout_s,
     )
   if host.recording is not None:
-    return sampling.Recorder(sampler, host.recording)
+    return sampling.Recorder(sampler, host.recording, run_id)
   return sampler
+
+
+def _check_for_vllm(loaded: Models):
+  dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.seed)}
+  if len(dtypes) > 1:
+    raise errors.UserError(
+        f"the seed model has tensors of {' and '.join(sorted(dtypes))}, vLLM"
+        " serves one dtype; use --config.sampler=jax"
+    )
+  if jax.default_backend() == "gpu" and (
+      os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") != "false"
+  ):
+    progress.note(
+        "JAX takes most of the GPU's memory ahead of vLLM: set"
+        " XLA_PYTHON_CLIENT_PREALLOCATE=false"
+    )
 
 
 def _load(config, paths) -> Models:
@@ -290,6 +316,19 @@ def _provenance() -> dict[str, Any]:
       "cpus": os.cpu_count(),
       "machine": platform.machine(),
   }
+
+
+def _with_rows_of(seed: models.Params, expert: models.Params) -> models.Params:
+  """The expert with as many rows of vocabulary as the seed model.
+
+  Those that it lacks are the seed model's, as in a merge.
+  """
+  fitted = {
+      name: jnp.concatenate([leaf, seed[name][len(leaf) :]])[: len(seed[name])]
+      for name, leaf in expert.items()
+      if name in ("embed", "head") and len(leaf) != len(seed[name])
+  }
+  return {**expert, **fitted}
 
 
 def _program(digest: str) -> str:
@@ -502,7 +541,10 @@ class _Run:
     if family == "seed":
       return self._models.seed, True
     if family == "expert":
-      return self._models.experts[settings], True
+      return (
+          _with_rows_of(self._models.seed, self._models.experts[settings]),
+          True,
+      )
     # What the sampler last held is overwritten: it gets the next one.
     into, self._merged = self._merged, None
     merger = self._models.merger

@@ -268,6 +268,16 @@ class Store:
         )
     ]
 
+  def engines(self) -> list[str]:
+    """What has sampled so far, such as "vllm 0.32.0"; "" where unknown."""
+    return [
+        row[0]
+        for row in self._db.execute(
+            "SELECT engine FROM completions UNION SELECT engine FROM scores"
+            " EXCEPT SELECT ''"
+        )
+    ]
+
   def add_verdict(
       self,
       verdict: records.Verdict,

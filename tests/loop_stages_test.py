@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -275,15 +274,58 @@ def test_prompts_that_do_not_fit_are_counted(run, capsys):
         ("replay", loop.Host(), "needs --recording"),
         ("replay", loop.Host(recording="none"), "no recording to replay"),
         ("vllm", loop.Host(vllm_python="nowhere"), "no such file"),
-        ("vllm", loop.Host(vllm_python=sys.executable), "make vllm-env"),
+        ("vllm", loop.Host(vllm_python="false"), "make vllm-env"),
         ("vllm", loop.Host(vllm_address="http://127.0.0.1:9"), "no vLLM serv"),
     ],
 )
 def test_a_sampler_that_cannot_be_had(kind, host, message, run, tmp_path):
   config = dataclasses.replace(_CONFIG, sampler=kind)
   with pytest.raises(errors.UserError, match=message) as error:
-    loop._sampler(config, run._models, 64, host, tmp_path)
+    loop._sampler(config, run._models, 64, host, run._archive)
   assert "\n" not in str(error.value)
+
+
+def test_a_run_goes_on_with_the_sampler_it_began_with(run):
+  archive, host = run._archive, loop.Host(vllm_python="false")
+  assert run._config.sampler == "auto"
+  archive.add_completions(
+      [records.Completion(records.LOOP, 1, 0, "", True, "jax 0")]
+  )
+  sampler = loop._sampler(run._config, run._models, 64, host, archive)
+  assert isinstance(sampler, sampling.JaxSampler)
+
+
+def test_a_run_that_began_with_vllm_asks_for_it(run):
+  archive, host = run._archive, loop.Host(vllm_python="false")
+  archive.add_score(
+      records.Score("seed", records.DEV, 2, 1, engine="vllm 0.32.0")
+  )
+  with pytest.raises(errors.UserError, match="make vllm-env"):
+    loop._sampler(run._config, run._models, 64, host, archive)
+
+
+def test_vllm_serves_one_dtype(run):
+  seed = run._models.seed
+  mixed = {**seed, "final_norm": seed["final_norm"].astype("bfloat16")}
+  loaded = dataclasses.replace(run._models, seed=mixed)
+  config = dataclasses.replace(_CONFIG, sampler="vllm")
+  with pytest.raises(errors.UserError, match="bfloat16 and float32, vLLM"):
+    loop._sampler(config, loaded, 64, loop.Host(), run._archive)
+
+
+@pytest.mark.parametrize("rows", [298, 302])
+def test_an_expert_answers_with_the_seeds_rows(run, rows):
+  other = models.init_params(dataclasses.replace(_DECODER, vocab_size=rows), 5)
+  run._models = dataclasses.replace(run._models, experts={"a": other})
+  params, _ = run._merge("expert:a")
+  shared = min(rows, 300)
+  for name in ("embed", "head"):
+    assert params[name].shape == run._models.seed[name].shape
+    np.testing.assert_array_equal(params[name][:shared], other[name][:shared])
+    np.testing.assert_array_equal(
+        params[name][shared:], run._models.seed[name][shared:]
+    )
+  assert params["layers"] is other["layers"]
 
 
 def test_an_expert_of_another_vocabulary_is_told(tmp_path, monkeypatch, capsys):

@@ -43,11 +43,23 @@ class Recorder:
   A line is {"request": SHA-256, "generations" or "logprobs": [...]}, in JSON.
   """
 
-  def __init__(self, recorded: sampler.Sampler, path: str | os.PathLike):
-    """Appends to the file at `path`."""
+  def __init__(
+      self, recorded: sampler.Sampler, path: str | os.PathLike, run: str
+  ):
+    """Appends to a file.
+
+    Args:
+      recorded: what is listened to.
+      path: of the file.
+      run: names the models and settings behind the versions; what was said in
+        one run is no answer in another.
+    """
     self._sampler = recorded
-    self._version = ""
-    self._path = path
+    self._run, self._version = run, ""
+    self._path = pathlib.Path(path)
+    if self._path.exists():  # A process that was killed left half a line.
+      whole = self._path.read_bytes().rfind(b"\n") + 1
+      os.truncate(self._path, whole)
 
   @property
   def engine(self) -> str:
@@ -75,7 +87,12 @@ class Recorder:
   ) -> Iterator[list[sampler.Generation]]:
     """See `Sampler.generate`."""
     digests = _requests(
-        self._version, prompts, keys, n=n, **_settings(settings)
+        self._version,
+        prompts,
+        keys,
+        n=n,
+        run=self._run,
+        **_settings(settings),
     )
     said = []
     for batch in self._sampler.generate(
@@ -92,7 +109,9 @@ class Recorder:
     """See `Sampler.logprobs`."""
     found = self._sampler.logprobs(rows)
     for row, logprobs in zip(rows, found, strict=True):
-      digest = _digest(version=self._version, row=list(map(int, row)))
+      digest = _digest(
+          run=self._run, version=self._version, row=list(map(int, row))
+      )
       self._write(digest, logprobs=list(map(float, logprobs)))
     return found
 
@@ -114,19 +133,22 @@ class ReplaySampler:
 
   engine = "replay"
 
-  def __init__(self, path: str | os.PathLike):
-    """Reads the recording.
+  def __init__(self, path: str | os.PathLike, run: str):
+    """Reads the recording of a run, see `Recorder`.
 
     Raises:
       SamplerError: if there is none, or a line of it does not parse.
     """
-    self._version = ""
+    self._run, self._version = run, ""
     self._said: dict[str, dict[str, Any]] = {}
     self._path = pathlib.Path(path)
     try:
-      lines = self._path.read_text(encoding="utf-8").splitlines()
+      text = self._path.read_text(encoding="utf-8")
     except OSError as error:
       raise sampler.SamplerError(f"no recording to replay: {error}") from None
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+      lines.pop()  # Half a line, of a process that was killed.
     for number, line in enumerate(lines, start=1):
       try:
         entry = json.loads(line)
@@ -161,7 +183,12 @@ class ReplaySampler:
       SamplerError: if the recording has no such request.
     """
     digests = _requests(
-        self._version, prompts, keys, n=n, **_settings(settings)
+        self._version,
+        prompts,
+        keys,
+        n=n,
+        run=self._run,
+        **_settings(settings),
     )
     said = [
         sampler.Generation(**{**kept, "tokens": tuple(kept["tokens"])})
@@ -174,7 +201,8 @@ class ReplaySampler:
   def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """See `Sampler.logprobs`."""
     digests = [
-        _digest(version=self._version, row=list(map(int, row))) for row in rows
+        _digest(run=self._run, version=self._version, row=list(map(int, row)))
+        for row in rows
     ]
     return [np.float32(self._look_up(digest)["logprobs"]) for digest in digests]
 

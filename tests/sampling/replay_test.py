@@ -52,7 +52,7 @@ def path(tmp_path):
 
 
 def test_it_says_again_what_was_said(path):
-  recorder = sampling.Recorder(_Echo(), path)
+  recorder = sampling.Recorder(_Echo(), path, "a run")
   assert recorder.engine == "echo 1"
   said = []
   for version in ("a", "b"):
@@ -64,7 +64,7 @@ def test_it_says_again_what_was_said(path):
   recorder.health()
   recorder.close()
 
-  replay = sampling.ReplaySampler(path)
+  replay = sampling.ReplaySampler(path, "a run")
   assert replay.engine == "replay"
   again = []
   for version in ("a", "b"):
@@ -83,10 +83,10 @@ def test_it_says_again_what_was_said(path):
     "settings", [{"temperature": 0.5}, {"max_new_tokens": 5}, {"stop": ["x"]}]
 )
 def test_another_request_has_no_answer(path, settings):
-  recorder = sampling.Recorder(_Echo(), path)
+  recorder = sampling.Recorder(_Echo(), path, "a run")
   recorder.swap_weights(None, "a")
   _all(recorder, _PROMPTS)
-  replay = sampling.ReplaySampler(path)
+  replay = sampling.ReplaySampler(path, "a run")
   replay.swap_weights(None, "a")
   assert len(_all(replay, _PROMPTS)) == 3
   with pytest.raises(sampling.SamplerError, match="recorded with other"):
@@ -97,8 +97,31 @@ def test_another_request_has_no_answer(path, settings):
 
 
 def test_a_file_that_is_no_recording_is_told_by_line(path):
-  path.write_text('{"request": "a", "logprobs": []}\n{"reques')
+  path.write_text('{"request": "a", "logprobs": []}\n{"reques\n')
   with pytest.raises(sampling.SamplerError, match="line 2"):
-    sampling.ReplaySampler(path)
+    sampling.ReplaySampler(path, "a run")
   with pytest.raises(sampling.SamplerError, match="no recording"):
-    sampling.ReplaySampler(path.with_name("none"))
+    sampling.ReplaySampler(path.with_name("none"), "a run")
+
+
+def test_half_a_line_of_a_killed_process_is_no_answer(path):
+  for _ in range(2):
+    recorder = sampling.Recorder(_Echo(), path, "a run")
+    recorder.swap_weights(None, "a")
+    _all(recorder, _PROMPTS)
+    with path.open("a") as file:
+      file.write('{"request": "')
+    replay = sampling.ReplaySampler(path, "a run")
+    replay.swap_weights(None, "a")
+    assert len(_all(replay, _PROMPTS)) == 3
+  assert len(path.read_text().splitlines()) == 7
+
+
+def test_another_run_has_no_answer(path):
+  recorder = sampling.Recorder(_Echo(), path, "a run")
+  recorder.swap_weights(None, "a")
+  _all(recorder, _PROMPTS)
+  replay = sampling.ReplaySampler(path, "another")
+  replay.swap_weights(None, "a")
+  with pytest.raises(sampling.SamplerError, match="recorded with other"):
+    _all(replay, _PROMPTS)

@@ -8,9 +8,8 @@ import httpx2 as httpx
 from selfdev_jax.sampling import sampler
 from selfdev_jax.sampling.vllm.error import EngineError
 
-MODEL = "selfdev"
 _CONNECT_S = 10.0
-_CONNECTIONS = 64
+CONNECTIONS = 128
 
 
 class Client:
@@ -33,12 +32,12 @@ class Client:
         # A slow engine is not a lost one: who waits watches the process.
         timeout=httpx.Timeout(None, connect=_CONNECT_S),
         limits=httpx.Limits(
-            max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS
+            max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS
         ),
         # Proxies are for other hosts.
         trust_env=False,
     )
-    self._model = MODEL
+    self._model = ""
 
   def close(self):
     self._http.close()
@@ -65,9 +64,16 @@ class Client:
 
   def max_model_len(self) -> int | None:
     """Positions that the server has; also finds the name that it serves."""
-    models = _json(self._send("GET", "/v1/models"), "/v1/models")["data"]
-    self._model = models[0]["id"]
-    return models[0].get("max_model_len")
+    model = self._served()
+    self._model = model["id"]
+    return model.get("max_model_len")
+
+  def serves(self, name: str) -> bool:
+    """Whether it is the server of that model name."""
+    return self._served()["id"] == name
+
+  def _served(self) -> dict[str, Any]:
+    return _json(self._send("GET", "/v1/models"), "/v1/models")["data"][0]
 
   def complete(
       self, rows: Sequence[Sequence[int]], **sampling: Any
@@ -82,7 +88,14 @@ class Client:
     answer = _json(
         self._send("POST", "/v1/completions", json=body), "/v1/completions"
     )
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    try:
+      choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+      for choice in choices:
+        len(choice["token_ids"])
+    except (LookupError, TypeError) as error:
+      raise EngineError(
+          f"/v1/completions: no answer that vLLM gives: {error!r}"
+      ) from None
     if len(choices) != len(rows):
       raise EngineError(
           f"/v1/completions: {len(choices)} answers to {len(rows)} prompts"
@@ -99,7 +112,9 @@ class Client:
     self._send("POST", "/resume")
 
   def reset_prefix_cache(self):
-    self._send("POST", "/reset_prefix_cache")
+    path = "/reset_prefix_cache"
+    if not _json(self._send("POST", path), path).get("success"):
+      raise EngineError(f"{path}: it still holds what the old weights computed")
 
   def init_weight_transfer_engine(self, init_info: dict[str, Any]):
     self._send(

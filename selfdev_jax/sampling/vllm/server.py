@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shlex
 import shutil
 import socket
@@ -137,7 +138,7 @@ def free_port() -> int:
 
 
 def command(
-    options: Options, model: pathlib.Path, port: int, on_cpu: bool
+    options: Options, model: pathlib.Path, name: str, port: int, on_cpu: bool
 ) -> list[str]:
   """The command line of a server for the model in a directory."""
   found = [
@@ -147,7 +148,7 @@ def command(
       *("--host", _LOOPBACK),
       *("--port", str(port)),
       *("--model", str(model)),
-      *("--served-model-name", client_lib.MODEL),
+      *("--served-model-name", name),
       *("--dtype", options.dtype),
       *("--max-model-len", str(options.max_length)),
       # Temperature and the like are said with each request.
@@ -168,6 +169,12 @@ def command(
   return [*found, *options.arguments]
 
 
+def _new_log(directory: pathlib.Path) -> pathlib.Path:
+  names = [path.stem for path in directory.glob("vllm-*.log")]
+  numbers = [int(n) for name in names if (n := name[5:]).isdigit()]
+  return directory / f"vllm-{max(numbers, default=0) + 1}.log"
+
+
 class Server:
   """A running server; `stop` ends it, and so does the end of this process."""
 
@@ -184,12 +191,14 @@ class Server:
     self._options, self._model = options, model
     self._marked = 0
     options.log_dir.mkdir(parents=True, exist_ok=True)
-    number = len(list(options.log_dir.glob("vllm-*.log"))) + 1
-    self.log = options.log_dir / f"vllm-{number}.log"
+    self.log = _new_log(options.log_dir)
     port = free_port()
+    # By its name we know our server from another one at the same port.
+    self._name = f"selfdev-{secrets.token_hex(8)}"
     on_cpu = _on_cpu(options.python)
-    line = command(options, model, port, on_cpu)
+    line = command(options, model, self._name, port, on_cpu)
     environment = os.environ | _ENVIRONMENT_VARIABLES
+    environment.pop("VLLM_API_KEY", None)  # We would have to give it.
     if on_cpu:
       environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with open(self.log, "w", encoding="utf-8") as log:
@@ -216,14 +225,14 @@ class Server:
     while waiting.seconds < limit:
       try:
         self.client.health(timeout_s=5.0)
-        return
-      except EngineError:
-        self._check_start()
+        if self.client.serves(self._name):
+          return
+      except (EngineError, sampler.SamplerError, LookupError, TypeError):
+        pass  # Not yet, or not ours.
+      self._check_start()
       waiting.tell(f"{limit:.0f} s at most; log: {self.log}")
       time.sleep(_SECONDS_BETWEEN_LOOKS)
-    raise EngineError(
-        f"vLLM did not answer within {limit:.0f} s; {self.reason()}"
-    )
+    raise EngineError(f"vLLM did not answer within {limit:.0f} s{self.cause()}")
 
   def _check_start(self):
     """Tells a model that vLLM cannot serve from a server that was killed.
@@ -235,30 +244,37 @@ class Server:
     status = self._process.poll()
     if status is None:
       return
-    log = self.log.read_text(encoding="utf-8", errors="replace")
-    if status > guard.KILLED or _PORT_TAKEN in log:
+    log = self._read_log().decode("utf-8", "replace")
+    if _PORT_TAKEN in log.lower():
+      raise EngineError(f"{_PORT_TAKEN}; its log is {self.log}")
+    if status > guard.KILLED:
       self.check()
-    raise sampler.SamplerError(
-        f"vLLM cannot serve {self._model}; {self.reason()}"
-    )
-
-  def mark(self):
-    """Has `reason` look at what the log says from here on."""
-    self._marked = self.log.stat().st_size
+    raise sampler.SamplerError(f"vLLM cannot serve {self._model}{self.cause()}")
 
   def check(self):
     """Raises EngineError if the process has ended."""
     status = self._process.poll()
     if status is not None:
-      raise EngineError(f"vLLM ended with status {status}; {self.reason()}")
+      raise EngineError(f"vLLM ended with status {status}{self.cause()}")
 
-  def reason(self) -> str:
-    """What the log gives as the cause of a failure."""
-    data = self.log.read_bytes()
+  def mark(self):
+    """Has `cause` look at what the log says from here on."""
+    self._marked = len(self._read_log())
+
+  def cause(self) -> str:
+    """What the log gives as the cause of a failure; empty if nothing."""
+    data = self._read_log()
     start = max(data.find(b"\n"), self._marked)  # Not our own command line.
-    log = data[start:].decode("utf-8", "replace").strip()
-    found = _CAUSE.findall(log) or log.splitlines()[-1:] or ["nothing"]
-    return f"its log {self.log} says: {found[0].strip()[:_REASON_LENGTH]}"
+    found = _CAUSE.search(data[start:].decode("utf-8", "replace"))
+    if found is None:
+      return f"; its log is {self.log}"
+    return f"; its log {self.log} says: {found[0].strip()[:_REASON_LENGTH]}"
+
+  def _read_log(self) -> bytes:
+    try:
+      return self.log.read_bytes()
+    except OSError:  # Somebody has removed it.
+      return b""
 
   def stop(self):
     """Ends every process of the server, and returns when they have ended."""

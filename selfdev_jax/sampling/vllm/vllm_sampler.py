@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import concurrent.futures
+import functools
 import pathlib
+import shlex
 import time
 from typing import Any
 from typing import TypeVar
@@ -28,12 +30,15 @@ from selfdev_jax.sampling.vllm.error import EngineError
 _ATTEMPTS = 3
 _BACK_OFF_S = 1.0
 _SECONDS_BETWEEN_LOOKS = 1.0
-_THREADS = 32
+_GREEDY_CALLS = 16  # A batch's, so that a slow engine is heard of.
 _CANARY_TOKENS = 16
 _MAX_SEED = np.uint64(2**63 - 1)  # vLLM takes a signed number.
-# Largest difference of a log-probability, in nats, between vLLM and JAX on the
-# same weights: what rounding gives, and far below what wrong weights give.
-_CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+# Largest difference of a log-probability between vLLM and JAX on the same
+# weights, by 1 + the largest itself: what rounding gives. Other weights differ
+# by nats.
+_CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "float16": 4e-3}
+# What vLLM gives for minus infinity.
+_LEAST_LOGPROB = -9999.0
 
 T = TypeVar("T")
 
@@ -57,7 +62,7 @@ class VllmSampler:
       workers: int = 1,
       arguments: Sequence[str] = (),
       start_timeout_s: float = 600.0,
-      stall_s: float = 900.0,
+      stall_timeout_s: float = 1800.0,
   ):
     """Starts a server, or meets the one at `address`.
 
@@ -76,7 +81,8 @@ class VllmSampler:
       workers: GPUs that share a model.
       arguments: more for vLLM's command line.
       start_timeout_s: seconds until a server has to answer.
-      stall_s: seconds without any answer after which an engine is given up.
+      stall_timeout_s: seconds without any answer after which an engine is
+        given up.
 
     Raises:
       SamplerError: if vLLM is not installed or the address is of no such
@@ -91,7 +97,8 @@ class VllmSampler:
     self._positions = min(max_length, decoder.max_positions)
     self._address = address
     self._transport_kind, self._workers = transport, workers
-    self._stall_s = stall_s
+    self._stall_s = stall_timeout_s
+    self._start_s = start_timeout_s
     self._options = None
     if address is None:
       self._options = server_lib.Options(
@@ -111,6 +118,7 @@ class VllmSampler:
     self._version = self._held_version = ""
     self._is_closed = False
     self._is_whole = False  # No start and no update was cut short.
+    self._doubted = ("", 0.0)  # Version, difference of the last canary.
     self._engine = "vllm"
     canary = np.random.default_rng(0).integers(
         decoder.vocab_size, size=min(_CANARY_TOKENS, self._positions - 1)
@@ -133,12 +141,12 @@ class VllmSampler:
         return work()
       except EngineError as error:
         reason = f"{error}"
-        if self._server is not None and self._server.log.name not in reason:
-          reason += f"; {self._server.reason()}"
+        if self._server is not None and str(self._server.log) not in reason:
+          reason += self._server.cause()
         self._discard()
         if self._address is not None or attempt == _ATTEMPTS - 1:
           raise sampler.SamplerError(
-              f"vLLM failed {attempt + 1} times, at last: {reason}"
+              f"vLLM failed, try {attempt + 1}: {reason}"
           ) from None
         progress.note(
             f"vLLM failed ({reason}); a new engine is started, and what was"
@@ -172,10 +180,17 @@ class VllmSampler:
     if self._params is not None:
       self._push()
 
+  def _call(self, call: Callable[..., T], *arguments: Any) -> T:
+    """One short call, within the time that a start may take."""
+    calls = [functools.partial(call, *arguments)]
+    return self._together(calls, self._start_s)[0]
+
   def _meet(self):
     """Asks the server who it is, and opens the way for weights."""
+    client = self._client
     try:
-      version, length = self._client.version(), self._client.max_model_len()
+      version = self._call(client.version)
+      length = self._call(client.max_model_len)
     except (
         EngineError,
         sampler.SamplerError,
@@ -197,19 +212,30 @@ class VllmSampler:
         self._transport_kind, self._decoder, self._dtype, self._workers
     )
     try:
-      self._client.resume()  # Whoever was here before may have been cut short.
-      self._transport.connect(self._client, self._identity())
+      self._call(client.resume)  # Its last user may have been cut short.
+      self._call(self._transport.connect, client, self._identity())
     except (EngineError, sampler.SamplerError) as error:
       if self._address is None:
         raise
       raise sampler.SamplerError(
           f"the vLLM server at {self._address} does not take our weights"
-          f" ({error}); it has to serve {self._directory} and be started by"
-          " VLLM_SERVER_DEV_MODE=1"
-          f" PYTHONPATH={server_lib.ENGINE_SIDE} with --worker-extension-cls="
-          'selfdev_weights.Extension --weight-transfer-config=\'{"backend":'
-          f' "{self._transport.backend}"}}\''
+          f" ({error}); start it like this: {self._own_command()}"
       ) from None
+
+  def _own_command(self) -> str:
+    """How a user starts a server that we can use."""
+    options = server_lib.Options(
+        python=pathlib.Path("python"),
+        log_dir=pathlib.Path(),
+        backend=self._transport.backend,
+        max_length=self._positions,
+        dtype=str(self._dtype),
+    )
+    line = server_lib.command(options, self._directory, "selfdev", 8000, True)
+    return (
+        "VLLM_SERVER_DEV_MODE=1"
+        f" PYTHONPATH={server_lib.ENGINE_SIDE} {shlex.join(line)}"
+    )
 
   def _identity(self) -> dict[str, Any]:
     """What both sides' config.json have to agree on."""
@@ -260,7 +286,9 @@ class VllmSampler:
   ):
     """See `Sampler.swap_weights`; only leaves that are other arrays are sent.
 
-    Arrays must not be changed, or donated, before the next swap has begun.
+    An adapter is added to the weights in their own dtype, where JAX keeps it
+    apart: in bfloat16 small updates are rounded. Arrays may be donated if the
+    next call is a swap.
     """
     self._check(params, lora)
     self._params, self._lora, self._version = params, lora, version
@@ -302,7 +330,7 @@ class VllmSampler:
     other = {p for p, leaf in leaves.items() if self._held.get(p) is not leaf}
     if not other:
       if self._held_version != self._version:
-        self._client.update_weight_version(self._version)
+        self._call(self._client.update_weight_version, self._version)
         self._held_version = self._version
       return
     paths = transport_lib.whole_groups(other) & leaves.keys()
@@ -334,13 +362,27 @@ class VllmSampler:
     return client.weight_version()
 
   def _check_canary(self, expected: np.ndarray):
-    """Asserts that vLLM computes with these weights what JAX computes."""
+    """Asserts that vLLM computes with these weights what JAX computes.
+
+    Some weights compute nothing sensible anywhere, as rounding decides: those
+    whose difference is the same in a second engine, or not finite in JAX.
+    """
+    if not np.isfinite(expected).all():
+      progress.note(f"the log-probabilities of {self._version} are not finite")
+      return
+    expected = np.maximum(expected, _LEAST_LOGPROB)
     (got,) = self._logprobs([self._canary.tolist()])
     worst = float(np.abs(got - expected).max())
-    if not worst <= _CANARY_TOLERANCE[str(self._dtype)]:
-      raise EngineError(
-          f"after a swap its log-probabilities are off by {worst:.3g} nats"
-      )
+    tolerance = _CANARY_TOLERANCE[str(self._dtype)]
+    if worst <= tolerance * (1 + np.abs(expected).max()):
+      return
+    version, before = self._doubted
+    self._doubted = (self._version, worst)
+    said = f"after a swap its log-probabilities are off by {worst:.3g} nats"
+    if version == self._version and np.isclose(worst, before, rtol=1e-3):
+      progress.note(f"{said}, as another engine's were: {version} is kept")
+      return
+    raise EngineError(said)
 
   # Texts.
 
@@ -372,7 +414,7 @@ class VllmSampler:
       choices = self._survive(lambda batch=batch: self._ask(batch, settings))
       yield [
           sampler.generation(
-              self._tokenizer, _tokens(choice, self._eos), r, self._eos, stop
+              self._tokenizer, choice["token_ids"], r, self._eos, stop
           )
           for choice, r in zip(choices, batch, strict=True)
       ]
@@ -380,12 +422,18 @@ class VllmSampler:
   def _ask(
       self, batch: list[sampler.Request], settings: Mapping[str, Any]
   ) -> list[dict[str, Any]]:
-    """The choices of a batch: one call for all if greedy, else one for each."""
+    """The choices of a batch, of a few calls if greedy, else of one each."""
     if settings["temperature"] == 0:
-      rows = [request.tokens for request in batch]
-      return self._together([lambda: self._client.complete(rows, **settings)])[
-          0
+      size = -(-len(batch) // _GREEDY_CALLS)
+      calls = [
+          functools.partial(
+              self._client.complete,
+              [request.tokens for request in batch[i : i + size]],
+              **settings,
+          )
+          for i in range(0, len(batch), size)
       ]
+      return [choice for some in self._together(calls) for choice in some]
     seeds = np.asarray(
         jax.random.key_data(jax.numpy.stack([r.key for r in batch]))
     ).astype(np.uint64)
@@ -398,9 +446,11 @@ class VllmSampler:
     ]
     return [choice for (choice,) in self._together(calls)]
 
-  def _together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+  def _together(
+      self, calls: Sequence[Callable[[], T]], limit_s: float | None = None
+  ) -> list[T]:
     """Results of calls to the server, which is watched meanwhile."""
-    futures = background.submit(calls, _THREADS)
+    futures = background.submit(calls, client_lib.CONNECTIONS)
     try:
       waiting = progress.Waiting("Waiting for vLLM")
       pending, last_answer = set(futures), time.monotonic()
@@ -415,17 +465,17 @@ class VllmSampler:
           last_answer = time.monotonic()
         silent = time.monotonic() - last_answer
         if pending and not done:
-          self._look(silent)
+          self._look(silent, limit_s or self._stall_s)
           waiting.tell(f"{len(pending)} of {len(calls)} answers to come")
       return [future.result() for future in futures]
     finally:
       for future in futures:
         future.cancel()
 
-  def _look(self, silent_s: float):
+  def _look(self, silent_s: float, limit_s: float):
     if self._server is not None:
       self._server.check()
-    if silent_s > self._stall_s:
+    if silent_s > limit_s:
       raise EngineError(f"it gave no answer for {silent_s:.0f} s")
 
   def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -452,12 +502,3 @@ class VllmSampler:
         )
         for choice, row in zip(choices, rows, strict=True)
     ]
-
-
-def _tokens(choice: Mapping[str, Any], eos: Sequence[int]) -> list[int]:
-  """The tokens of an answer, EOS included where that ended it."""
-  tokens = choice["token_ids"]
-  by_text = isinstance(choice["stop_reason"], str)
-  if choice["finish_reason"] != "stop" or by_text:
-    return tokens
-  return tokens if tokens and tokens[-1] in eos else [*tokens, eos[0]]

@@ -346,11 +346,17 @@ def _serve(options):
       def rename():
         engine.version = body["new_version"]
 
+      def reset():
+        if strike("keep cache"):
+          return {"success": False}
+        engine.model.forget()
+        return {"success": True}
+
       answers = {
           "/v1/completions": lambda: engine.complete(body),
           "/pause": engine.pause,
           "/resume": engine.resume,
-          "/reset_prefix_cache": engine.model.forget,
+          "/reset_prefix_cache": reset,
           "/init_weight_transfer_engine": lambda: engine.init_transfer_engine(
               body["init_info"]
           ),

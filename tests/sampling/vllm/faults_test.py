@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -105,6 +106,7 @@ _FAULTS = {
         2,
         "it has the weights '7' after 'v' were sent",
     ),
+    "keeps its cache": ({"keep cache": [1]}, 2, "what the old weights comp"),
     "hangs": ({"hang in completion": [1]}, 2, "it gave no answer for 3 s"),
     "slow": ({"slow": [1.5, 1.5, 1.5]}, 1, None),
 }
@@ -118,7 +120,7 @@ def test_an_engine_that_fails_changes_no_text(
   faults, starts, said = _FAULTS[fault]
   fake.fail(faults)
   patience = {"start_timeout_s": 3.0} if "never answer" in faults else {}
-  with open_sampler(fake, stall_s=3.0, **patience) as sampler:
+  with open_sampler(fake, stall_timeout_s=3.0, **patience) as sampler:
     sampler.swap_weights(other_params, "v")
     assert _greedy_and_seeded(sampler) == undisturbed
   assert fake.starts == starts
@@ -131,7 +133,7 @@ def test_an_engine_that_fails_changes_no_text(
   for note in notes:
     assert note.startswith("Note: vLLM failed (") and said in note
     assert "a new engine is started" in note
-    assert re.search(r"its log \S+/vllm-\d\.log says: ", note)
+    assert re.search(r"its log (is )?\S+/vllm-\d\.log", note)
 
 
 @pytest.mark.slow
@@ -146,7 +148,7 @@ def test_engines_that_keep_failing_end_in_one_line(
   ):
     sampler.swap_weights(other_params, "v")
   said = str(error.value)
-  assert said.startswith("vLLM failed 3 times, at last: ")
+  assert said.startswith("vLLM failed, try 3: ")
   assert "\n" not in said and str(fake.logs / "vllm-3.log") in said
   assert fake.starts == 3
   await_end(fake.pids())
@@ -219,6 +221,55 @@ def test_no_room_in_shared_memory_is_one_line(
   await_end(fake.pids())
 
 
+@pytest.mark.slow
+def test_another_server_at_the_port_is_not_taken_for_ours(
+    fake, model, open_sampler, monkeypatch, capsys
+):
+  free_port = server.free_port
+  with _foreign(fake, model) as address:
+    ports = [int(address.rpartition(":")[2])]
+    monkeypatch.setattr(
+        server, "free_port", lambda: ports.pop() if ports else free_port()
+    )
+    with open_sampler(fake, max_length=48) as sampler:
+      assert sampler._server.client._http.base_url != address
+  assert "a new engine is started" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scale", "starts", "said"),
+    [
+        (1e13, 1, "the log-probabilities of huge are not finite"),
+        (1e10, 2, "as another engine's were: huge is kept"),
+    ],
+)
+def test_weights_that_compute_nothing_sensible_end_no_run(
+    fake, open_sampler, params, capsys, scale, starts, said
+):
+  mlp = {k: v * scale for k, v in params["layers"]["mlp"].items()}
+  huge = {**params, "layers": {**params["layers"], "mlp": mlp}}
+  with open_sampler(fake) as sampler:
+    sampler.swap_weights(huge, "huge")
+    assert len(_texts(sampler)) > 0
+    assert fake.starts == starts
+  assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_an_address_that_never_answers_is_told(fake, open_sampler):
+  with socket.socket() as silent:
+    silent.bind(("127.0.0.1", 0))
+    silent.listen()
+    address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    with (
+        pytest.raises(sampling.SamplerError, match="there is no vLLM server"),
+        open_sampler(fake, address=address, start_timeout_s=2.0),
+    ):
+      pass
+
+
 # Servers of the user's.
 
 
@@ -231,7 +282,7 @@ def _foreign(fake, model):
   )
   client = server.client_lib.Client(f"http://127.0.0.1:{port}")
   with subprocess.Popen(
-      server.command(options, model, port, on_cpu=False),
+      server.command(options, model, "theirs", port, on_cpu=False),
       env=os.environ | fake.environment,
   ) as process:
     try:
@@ -276,7 +327,7 @@ def test_a_server_of_the_user_works_on_after_an_update_that_failed(
     fake, model, open_sampler, other_params, embedded
 ):
   fake.fail({"500 in update": [1]})
-  settings = {"max_length": 48, "stall_s": 2.0}
+  settings = {"max_length": 48, "stall_timeout_s": 2.0}
   embedded.swap_weights(other_params, "v")
   with (
       _foreign(fake, model) as address,
@@ -324,7 +375,7 @@ def test_another_model_at_an_address_is_told(
   ):
     pass
   assert said in str(error.value) and "\n" not in str(error.value)
-  assert "--worker-extension-cls=selfdev_weights.Extension" in str(error.value)
+  assert "--worker-extension-cls selfdev_weights.Extension" in str(error.value)
   assert shared_memory() == before
 
 
@@ -502,7 +553,7 @@ sampler = vllm.VllmSampler(
     config, tokenizer, (tokenizer.eos_token_id,),
     directory=pathlib.Path(model), dtype=np.float32, max_length=48,
     log_dir=pathlib.Path(logs), python=python, address=address or None,
-    stall_s=float(seconds),
+    stall_timeout_s=float(seconds),
 )
 sampler.swap_weights(params, "v")
 print("ready", flush=True)
@@ -510,12 +561,12 @@ list(sampler.generate(["A"], max_new_tokens=4, batch_size=1))
 """
 
 
-def _parent(fake, model, address="", stall_s=100.0):
+def _parent(fake, model, address="", stall_timeout_s=100.0):
   """A process that generates, once it has an engine and weights."""
   parent = subprocess.Popen(
       [
           *(sys.executable, "-c", _PARENT, str(model), str(fake.python)),
-          *(str(fake.logs), address, str(stall_s)),
+          *(str(fake.logs), address, str(stall_timeout_s)),
       ],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -543,7 +594,7 @@ def test_a_server_of_the_user_that_hangs_is_told_and_left(make_fake, model):
   fake = make_fake()
   fake.fail({"hang in completion": [1]})
   with _foreign(fake, model) as address:
-    parent = _parent(fake, model, address, stall_s=1.0)
+    parent = _parent(fake, model, address, stall_timeout_s=1.0)
     try:
       _, said = parent.communicate(timeout=10.0)
     finally:
@@ -557,7 +608,7 @@ def test_an_engine_that_hangs_in_an_update_is_replaced(
     fake, open_sampler, other_params, capsys
 ):
   fake.fail({"hang in update": [1]})
-  with open_sampler(fake, stall_s=1.0) as sampler:
+  with open_sampler(fake, stall_timeout_s=1.0) as sampler:
     engine = fake.events("start")[0]["pid"]
     timer = threading.Timer(8.0, os.kill, (engine, signal.SIGKILL))
     timer.start()

@@ -44,13 +44,14 @@ def _value(line, option):
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_a_command_line_says_all_that_matters(tmp_path, on_cpu):
   options = _options(tmp_path, arguments=["--seed", "1"])
-  line = server.command(options, pathlib.Path("/m o d e l"), 1234, on_cpu)
+  line = server.command(options, pathlib.Path("/m o d e l"), "it", 1234, on_cpu)
   assert line[:3] == ["/python", "-m", "vllm.entrypoints.openai.api_server"]
   assert line[-2:] == ["--seed", "1"]
   # Its endpoints run code: it may not be reached from elsewhere.
   assert _value(line, "--host") == "127.0.0.1"
   assert _value(line, "--port") == "1234"
   assert _value(line, "--model") == "/m o d e l"
+  assert _value(line, "--served-model-name") == "it"
   assert _value(line, "--dtype") == "bfloat16"
   assert _value(line, "--max-model-len") == "100"
   assert _value(line, "--worker-extension-cls") == "selfdev_weights.Extension"
@@ -66,7 +67,7 @@ def test_a_command_line_says_all_that_matters(tmp_path, on_cpu):
 )
 def test_on_a_cpu_a_prompt_is_read_in_one_piece(tmp_path, max_length, tokens):
   options = _options(tmp_path, max_length=max_length)
-  line = server.command(options, tmp_path, 1, on_cpu=True)
+  line = server.command(options, tmp_path, "it", 1, on_cpu=True)
   assert _value(line, "--max-num-batched-tokens") == tokens
 
 
@@ -183,8 +184,8 @@ RuntimeError: Engine core initialization failed. See root cause above.
 
 
 def test_the_first_error_of_a_log_is_its_cause(ended, tmp_path):
-  assert ended(_LOG).reason() == (
-      f"its log {tmp_path}/vllm-1.log says: ValueError: Unsupported"
+  assert ended(_LOG).cause() == (
+      f"; its log {tmp_path}/vllm-1.log says: ValueError: Unsupported"
       " architecture: Foo"
   )
 
@@ -192,27 +193,28 @@ def test_the_first_error_of_a_log_is_its_cause(ended, tmp_path):
 @pytest.mark.parametrize(
     ("log", "said"),
     [
-        ("", "nothing"),
-        ("command\nKilled  \n", "Killed"),
+        ("", "; its log is"),
+        ("command\nKilled  \n", "; its log is"),
         (
             "command\ntorch.OutOfMemoryError: CUDA out of memory.\nx\n",
             "OutOfMemoryErr",
         ),
         ("ValueError: " + "long " * 500, "ValueError: long"),
-        ("command\nbytes \udcff\n", "bytes"),
-        pytest.param(
-            "/python -m vllm\n",
-            "nothing",
-        ),
+        ("command\nValueError: bytes \udcff\n", "bytes"),
+        ("/python -m vllm --error=ValueError: x\n", "; its log is"),
     ],
-    ids=["empty", "last line", "a module", "long", "no UTF-8", "command"],
+    ids=["empty", "no cause", "a module", "long", "no UTF-8", "command"],
 )
 def test_a_log_always_gives_one_line(ended, log, said):
   found = ended("")
   found.log.write_bytes(log.encode(errors="surrogateescape"))
-  reason = found.reason()
-  assert said in reason and "\n" not in reason
-  assert len(reason) < 400 + len(str(found.log))
+  cause = found.cause()
+  assert said in cause and "\n" not in cause
+  assert len(cause) < 400 + len(str(found.log))
+  found.mark()
+  assert found.cause() == f"; its log is {found.log}"
+  found.log.unlink()
+  assert found.cause() == f"; its log is {found.log}"
 
 
 @pytest.mark.parametrize("status", [1, 2, guard.KILLED])
@@ -223,15 +225,17 @@ def test_a_server_that_gives_up_is_not_started_again(ended, status):
 
 
 @pytest.mark.parametrize(
-    ("log", "status"),
+    ("log", "status", "said"),
     [
-        (_LOG, guard.KILLED + 9),
-        (_LOG, guard.KILLED + 11),
-        ("OSError: [Errno 98] address already in use\n", 1),
+        (_LOG, guard.KILLED + 9, "status 137; its log"),
+        (_LOG, guard.KILLED + 11, "status 139; its log"),
+        ("OSError: [Errno 98] Address already in use\n", 1, "address already"),
     ],
 )
-def test_a_server_that_was_killed_may_be_started_again(ended, log, status):
-  with pytest.raises(vllm.EngineError, match=rf"status {status}; its log "):
+def test_a_server_that_was_killed_may_be_started_again(
+    ended, log, status, said
+):
+  with pytest.raises(vllm.EngineError, match=said):
     ended(log, status)._check_start()
 
 

@@ -8,6 +8,7 @@ the other is written. vLLM's reference for such an engine is the docstring of
 
 import ctypes
 import dataclasses
+import logging
 import re
 
 import torch
@@ -90,7 +91,8 @@ class Engine(base.WeightTransferEngine[Init, Update]):
         )
     self.shutdown()
     if init_info.kind == "cuda":
-      runtime = ctypes.CDLL("libcudart.so.12")
+      major = torch.version.cuda.partition(".")[0]
+      runtime = ctypes.CDLL(f"libcudart.so.{major}")
       with torch.cuda.device(self.device):
         self._open = [
             _CudaBuffer(runtime, handle, init_info.nbytes)
@@ -163,4 +165,6 @@ class Extension:
   """Nothing of its own; to name it is to import this module."""
 
 
+# It warns of every module that an update leaves alone.
+logging.getLogger(reload.layerwise.__name__).setLevel(logging.ERROR)
 factory.WeightTransferEngineFactory.register_engine("selfdev", Engine)
