@@ -1,6 +1,10 @@
 """Eight fake CPU devices, strict dtypes, nothing fetched."""
 
+import json
 import os
+import pathlib
+import subprocess
+import sys
 
 # Before jax is imported anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -74,3 +78,67 @@ def random_params():
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
   return make
+
+
+# The whole loop in miniature, run as a user runs it.
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_PREPARE = """
+from configs import smoke
+from selfdev_jax import config
+from selfdev_jax.tiny import world
+world.prepare(config.from_config_dict(smoke.get_config()))
+"""
+
+
+def _as_a_user_has_it(cache):
+  environment = dict(os.environ, SELFDEV_CACHE=str(cache))
+  environment.pop("XLA_FLAGS", None)  # One device.
+  return environment
+
+
+@pytest.fixture(scope="session")
+def smoke_cache(tmp_path_factory):
+  """Where the smoke world is, already trained."""
+  directory = tmp_path_factory.mktemp("cache")
+  subprocess.run(
+      [sys.executable, "-c", _PREPARE],
+      cwd=_ROOT,
+      env=_as_a_user_has_it(directory),
+      check=True,
+  )
+  return directory
+
+
+@pytest.fixture(scope="session")
+def start_smoke():
+  """start(workdir, cache, *overrides) -> the process of a run."""
+
+  def start(workdir, cache, *overrides):
+    command = [sys.executable, "-m", "launch.self_develop"]
+    command += ["--config=configs/smoke.py", f"--workdir={workdir}", *overrides]
+    return subprocess.Popen(
+        command,
+        cwd=_ROOT,
+        env=_as_a_user_has_it(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+  return start
+
+
+@pytest.fixture(scope="session")
+def finish_smoke():
+  """finish(process) -> (exit status, result without timings, its stderr)."""
+
+  def finish(process):
+    out, err = process.communicate(timeout=400)
+    if process.returncode:
+      return process.returncode, None, err
+    result = json.loads(out.splitlines()[-1])
+    del result["seconds"]
+    return 0, result, err
+
+  return finish

@@ -1,12 +1,8 @@
 """The whole loop on the smoke config, run as a user runs it."""
 
-import json
-import os
-import pathlib
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -22,61 +18,15 @@ from selfdev_jax import store as store_lib
 
 pytestmark = pytest.mark.slow
 
-_ROOT = pathlib.Path(__file__).parents[1]
 _FAMILIES = ("task_arithmetic", "ties", "random_weights")
 
 
-def _start(workdir, cache, *overrides):
-  command = [sys.executable, "-m", "launch.self_develop"]
-  command += ["--config=configs/smoke.py", f"--workdir={workdir}", *overrides]
-  environment = dict(os.environ, SELFDEV_CACHE=str(cache))
-  environment.pop("XLA_FLAGS", None)  # As a user has it: one device.
-  return subprocess.Popen(
-      command,
-      cwd=_ROOT,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-  )
-
-
-def _finish(process):
-  """(exit status, result without timings, standard error)."""
-  out, err = process.communicate(timeout=400)
-  if process.returncode:
-    return process.returncode, None, err
-  result = json.loads(out.splitlines()[-1])
-  del result["seconds"]
-  return 0, result, err
-
-
-_PREPARE = """
-from configs import smoke
-from selfdev_jax import config
-from selfdev_jax.tiny import world
-world.prepare(config.from_config_dict(smoke.get_config()))
-"""
-
-
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  """Where the smoke world is, already trained."""
-  directory = tmp_path_factory.mktemp("cache")
-  environment = dict(os.environ, SELFDEV_CACHE=str(directory))
-  environment.pop("XLA_FLAGS", None)
-  subprocess.run(
-      [sys.executable, "-c", _PREPARE], cwd=_ROOT, env=environment, check=True
-  )
-  return directory
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, cache):
+def finished(tmp_path_factory, smoke_cache, start_smoke, finish_smoke):
   """(workdir, result, seconds) of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp("smoke") / "run"
   start = time.monotonic()
-  status, result, err = _finish(_start(workdir, cache))
+  status, result, err = finish_smoke(start_smoke(workdir, smoke_cache))
   assert status == 0, err
   return workdir, result, time.monotonic() - start
 
@@ -128,7 +78,7 @@ def test_every_score_can_be_recounted_from_its_generations(finished):
         assert score.correct == sum(r.extracted == r.gold for r in responses)
 
 
-def test_the_best_model_is_a_hugging_face_directory(finished, cache):
+def test_the_best_model_is_a_hugging_face_directory(finished, smoke_cache):
   workdir, result, _ = finished
   best = transformers.AutoModelForCausalLM.from_pretrained(
       workdir / "best", dtype=torch.float32
@@ -146,9 +96,9 @@ def test_the_best_model_is_a_hugging_face_directory(finished, cache):
     assert written == response.text
 
 
-def test_the_factory_is_a_lora_adapter(finished, cache):
+def test_the_factory_is_a_lora_adapter(finished, smoke_cache):
   workdir, _, _ = finished
-  (seed,) = cache.glob("tiny-*/seed")
+  (seed,) = smoke_cache.glob("tiny-*/seed")
   base = transformers.AutoModelForCausalLM.from_pretrained(
       seed, dtype=torch.float32
   )
@@ -162,11 +112,11 @@ def test_the_factory_is_a_lora_adapter(finished, cache):
   assert not torch.allclose(before, after, atol=1e-4)
 
 
-def test_the_tiny_seed_model_equals_transformers(finished, cache):
+def test_the_tiny_seed_model_equals_transformers(finished, smoke_cache):
   del finished  # Trained it.
   from selfdev_jax import models
 
-  (seed,) = cache.glob("tiny-*/seed")
+  (seed,) = smoke_cache.glob("tiny-*/seed")
   reference = transformers.AutoModelForCausalLM.from_pretrained(
       seed, dtype=torch.float32
   )
@@ -180,11 +130,13 @@ def test_the_tiny_seed_model_equals_transformers(finished, cache):
   np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
-def test_a_finished_run_returns_at_once_with_the_same_result(finished, cache):
+def test_a_finished_run_returns_at_once_with_the_same_result(
+    finished, smoke_cache, start_smoke, finish_smoke
+):
   workdir, result, _ = finished
   with store_lib.Store.read(workdir) as archive:
     before = archive.timings()
-  status, again, err = _finish(_start(workdir, cache))
+  status, again, err = finish_smoke(start_smoke(workdir, smoke_cache))
   assert status == 0, err
   assert again == result
   with store_lib.Store.read(workdir) as archive:
@@ -198,24 +150,28 @@ def test_the_report_is_one_file(finished):
   assert "http://" not in page.replace("http://www.w3.org/", "")
 
 
-def test_a_workdir_of_another_config_is_refused(finished, cache):
+def test_a_workdir_of_another_config_is_refused(
+    finished, smoke_cache, start_smoke, finish_smoke
+):
   workdir, _, _ = finished
-  process = _start(workdir, cache, "--config.dpo.beta=0.7")
-  status, _, err = _finish(process)
+  process = start_smoke(workdir, smoke_cache, "--config.dpo.beta=0.7")
+  status, _, err = finish_smoke(process)
   assert status == 2
   assert "dpo.beta (0.1 there, 0.7 here)" in err and "Traceback" not in err
 
 
-def test_ctrl_c_is_one_line_and_resumable(cache, finished, tmp_path):
+def test_ctrl_c_is_one_line_and_resumable(
+    smoke_cache, finished, tmp_path, start_smoke, finish_smoke
+):
   del finished  # Only so that the world is trained.
-  process = _start(tmp_path / "run", cache)
+  process = start_smoke(tmp_path / "run", smoke_cache)
   archive = tmp_path / "run" / "archive.sqlite"
   while not archive.exists():
     assert process.poll() is None
     time.sleep(0.1)
   time.sleep(3)
   process.send_signal(signal.SIGINT)
-  status, _, err = _finish(process)
+  status, _, err = finish_smoke(process)
   assert status == 130
   assert err.splitlines()[-1] == (
       "interrupted; nothing is lost, run the same command again"
@@ -225,7 +181,7 @@ def test_ctrl_c_is_one_line_and_resumable(cache, finished, tmp_path):
 
 @pytest.mark.timeout(560)
 def test_killed_at_random_moments_the_result_is_the_same(
-    finished, cache, tmp_path
+    finished, smoke_cache, tmp_path, start_smoke, finish_smoke
 ):
   _, expected, seconds = finished
   seed = random.SystemRandom().randrange(10**6)
@@ -233,7 +189,7 @@ def test_killed_at_random_moments_the_result_is_the_same(
   workdir = tmp_path / "run"
   kept, kills = [], 0
   for _ in range(5):
-    process = _start(workdir, cache)
+    process = start_smoke(workdir, smoke_cache)
     archive = workdir / "archive.sqlite"
     while not archive.exists():
       assert process.poll() is None
@@ -248,7 +204,7 @@ def test_killed_at_random_moments_the_result_is_the_same(
     kills += 1
     with store_lib.Store.read(workdir) as store:
       kept.append(len(store.scores(records.DEV)))
-  status, result, err = _finish(_start(workdir, cache))
+  status, result, err = finish_smoke(start_smoke(workdir, smoke_cache))
   assert status == 0, err
   assert result == expected, f"seed {seed}, evaluations at each kill {kept}"
   assert kills >= 3, f"killed {kills} times only, seed {seed}"
