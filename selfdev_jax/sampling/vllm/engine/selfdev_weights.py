@@ -14,6 +14,7 @@ import re
 import torch
 from vllm.distributed.weight_transfer import base
 from vllm.distributed.weight_transfer import factory
+from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.model_loader import reload
 
 # Projections that vLLM keeps in one matrix: a part of them would be loaded into
@@ -132,13 +133,25 @@ class Engine(base.WeightTransferEngine[Init, Update]):
       nbytes = torch.Size(shape).numel() * dtype.itemsize
       data = self._buffers[update_info.buffer][offset : offset + nbytes]
       tensor = data.view(dtype).reshape(shape)
-      # A vocabulary that vLLM pads is loaded when the update ends; the buffer
-      # holds something else by then.
-      weights.append((name, tensor if ".layers." in name else tensor.clone()))
+      weights.append(
+          (name, tensor.clone() if self._waits(name, shape) else tensor)
+      )
     if names & self._names:
       raise ValueError(f"{min(names & self._names)} came twice in one update")
     self._names |= names
     self.model.load_weights(weights)
+
+  def _waits(self, name: str, shape: list) -> bool:
+    """Whether vLLM uses a tensor when the update ends: then it needs a copy.
+
+    It does with a vocabulary that it pads or shares out; by then the buffer
+    holds something else.
+    """
+    if ".layers." in name:
+      return False
+    is_whole = self.parallel_config.tensor_parallel_size == 1
+    padding = vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE
+    return not is_whole or shape[0] % padding != 0
 
   def finish_weight_update(self) -> None:
     reload.finalize_layerwise_reload(self.model, self.model_config)
