@@ -239,6 +239,7 @@ def test_a_config_that_cannot_run_is_told_before_anything_is_loaded(
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_prompts_that_do_not_fit_are_counted(run, capsys):
   shapes = dataclasses.replace(_DECODER, max_positions=64)
   config = dataclasses.replace(

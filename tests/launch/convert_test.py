@@ -85,6 +85,7 @@ def test_there_and_back(launch, model, tmp_path):
   _assert_same_directory(model, tmp_path / "back")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_applied(launch, model, adapter, params, tmp_path):
   """On the way to Orbax, and on the way from it."""
   launch(hf=model, adapter=adapter, out=tmp_path / "applied")

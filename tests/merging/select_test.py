@@ -59,7 +59,7 @@ _KINDS = ("normal", "few", "constant", "zeros", "wide", "spike", "biased")
 _ARRAYS = st.tuples(st.sampled_from(_KINDS), st.integers(0, 5))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(_ARRAYS, _ARRAYS, st.integers(0, _SIZE), st.integers(0, _SIZE))
 @example(("zeros", 0), ("constant", 0), 1, _SIZE)
 @example(("wide", 0), ("spike", 0), 3, 357)

@@ -33,7 +33,7 @@ _GEMMA = {
 }
 # What each family has beyond the others, and shapes of their own.
 # What is theirs is in the fast ones, too.
-_SLOW = ("llama", "qwen2", "qwen3", "gemma2")
+_SLOW = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _FAMILIES = {
     "mistral": {"kv_heads": 1, "window": 5, "local": (True, True)},
     "llama": {

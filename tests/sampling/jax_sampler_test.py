@@ -108,6 +108,7 @@ def test_a_stop_text_ends_a_generation(sampler):
   assert cut.finished
 
 
+@pytest.mark.slow
 def test_top_p_draws_among_the_likeliest(sampler, tokenizer):
   prompt = tokenizer.encode(_PROMPTS[0])
   keys = _keys(200)

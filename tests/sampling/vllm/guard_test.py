@@ -67,6 +67,7 @@ def _pid(path):
 _STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
+@pytest.mark.slow
 def test_all_that_descend_end_when_the_pipe_closes(
     started, tmp_path, monkeypatch, await_end
 ):
