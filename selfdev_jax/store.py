@@ -386,6 +386,15 @@ class Store:
         )
     ]
 
+  def truncated(self, split: str) -> int:
+    """Questions that lost their beginning, as they did not fit the model."""
+    (n,) = self._db.execute(
+        "SELECT COUNT(DISTINCT item) FROM responses"
+        " WHERE truncated AND split = ?",
+        (split,),
+    ).fetchone()
+    return n
+
   # Preferences and DPO.
 
   def replace_pairs(self, iteration: int, pairs: Sequence[records.Pair]):

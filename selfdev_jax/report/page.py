@@ -94,6 +94,7 @@ def render(store: store_lib.Store) -> str:
       programs=[_program(run, score) for score in run.top()],
       rejections=_rejections(run),
       dpo_rounds=len({s.iteration for s in steps}),
+      sampling=words.sampling(summary),
       seconds=_seconds(store),
       world=_world(run.config),
       config=sorted(run.config.items()),

@@ -35,6 +35,8 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
     latter is too favourable where the model was chosen by it. "paired" is
     the best program minus each baseline, on the items of the test set;
     "lift" is the loop minus its control, from the second iteration.
+    "truncated" counts questions that did not fit the model and lost their
+    beginning.
   """
   run = reading.read(store)
   candidates = run.candidates(records.LOOP)
@@ -67,6 +69,8 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
           if best and (comparison := _paired(store, best.model, score.model))
       },
       "lift": _lift(loop, control),
+      "sampled_by": store.engines(),
+      "truncated": {s: store.truncated(s) for s in (records.DEV, records.TEST)},
       "seconds": seconds(store),
   }
 

@@ -34,6 +34,8 @@ def table(summary: Mapping[str, Any]) -> str:
     if summary["baselines"]:
       console.print(_models(summary))
     console.print(words.verdict(summary))
+    if said := words.sampling(summary):
+      console.print(said)
     if summary["seconds"]:
       console.print(_times(summary["seconds"]))
   return "\n".join(line.rstrip() for line in capture.get().splitlines())

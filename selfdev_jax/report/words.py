@@ -50,6 +50,20 @@ def duration(seconds: float) -> str:
   return f"{seconds / 3600:.1f} h"
 
 
+def sampling(summary: Mapping[str, Any]) -> str:
+  """What sampled, and which questions it could not be asked whole."""
+  sentences = []
+  if summary["sampled_by"]:
+    sentences.append(f"Sampled by {' and '.join(summary['sampled_by'])}.")
+  for split, n in summary["truncated"].items():
+    if n:
+      sentences.append(
+          f"{n} {split} question{'s' * (n > 1)} did not fit the model and lost"
+          " the beginning."
+      )
+  return " ".join(sentences)
+
+
 def verdict(summary: Mapping[str, Any]) -> str:
   """What the run showed, with intervals, also where it showed nothing."""
   return f"{lift_sentence(summary)} {best_sentence(summary)}"

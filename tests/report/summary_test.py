@@ -260,3 +260,25 @@ def test_ties_go_by_the_order_of_the_arm(tmp_path, build):
     for digest in ("d2", "d1"):
       store.add_score(records.Score(f"program:{digest}", records.DEV, 10, 5))
     assert summary.summarize(store)["best"]["program_id"] == "d1"
+
+
+def test_what_sampled_and_what_it_could_not_read_are_told(tmp_path, build):
+  with build(tmp_path, "first") as store:
+    result = summary.summarize(store)
+    assert result["sampled_by"] == []
+    assert result["truncated"] == {"dev": 0, "test": 0}
+    assert words.sampling(result) == ""
+    for model in ("program:d8", "program:d9"):
+      store.add_score(
+          records.Score(model, records.DEV, 3, 3, engine="vllm 0.32.0"),
+          [
+              records.Response(i, "p", "1", "1", "1", True, i < 2)
+              for i in range(3)
+          ],
+      )
+    result = summary.summarize(store)
+  assert result["truncated"] == {"dev": 2, "test": 0}
+  assert words.sampling(result) == (
+      "Sampled by vllm 0.32.0. 2 dev questions did not fit the model and lost"
+      " the beginning."
+  )
