@@ -116,17 +116,11 @@ def _write_models(directory: pathlib.Path, config) -> list[pathlib.Path]:
   def draw(leaf, std):
     return rng.standard_normal(leaf.shape, np.float32) * np.float32(std)
 
-  abstract = models.abstract_params(config)
-  # Norms are around one, which a merge of random ones would not be.
-  base = jax.tree.map(
-      lambda leaf: draw(leaf, _STD) + np.float32(len(leaf.shape) < 2), abstract
-  )
-  base = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: np.ones_like(leaf)
-      if "norm" in str(path[-1])
-      else leaf,
-      base,
-  )
+  def begin(path, leaf):
+    is_norm = path[-1].key.endswith("norm")
+    return np.ones(leaf.shape, np.float32) if is_norm else draw(leaf, _STD)
+
+  base = jax.tree_util.tree_map_with_path(begin, models.abstract_params(config))
   paths = []
   for i in range(_EXPERTS + 1):
     params = jax.tree.map(
