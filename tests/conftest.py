@@ -134,7 +134,7 @@ def finish_smoke():
   """finish(process) -> (exit status, result without timings, its stderr)."""
 
   def finish(process):
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=900)
     if process.returncode:
       return process.returncode, None, err
     result = json.loads(out.splitlines()[-1])

@@ -139,7 +139,7 @@ def open_sampler(decoder, tokenizer, model):
         "log_dir": fake.logs,
         "python": fake.python,
         "start_timeout_s": 30.0,
-        "stall_timeout_s": 30.0,
+        "stall_timeout_s": 100.0,
     } | settings
     eos = (tokenizer.eos_token_id,)
     sampler = vllm.VllmSampler(

@@ -77,7 +77,7 @@ _FAULTS = {
     "killed at start": ({"die at start": [1]}, 2, "ended with status 137"),
     "killed twice": ({"die at start": [1, 1]}, 3, "ended with status 137"),
     "port taken": ({"port taken": [1]}, 2, "address already in use"),
-    "never well": ({"never answer": [1]}, 2, "did not answer within 3 s"),
+    "never well": ({"never answer": [1]}, 2, "did not answer within 4 s"),
     "killed": ({"die in completion": [1]}, 2, "/v1/completions: "),
     "killed later": ({"die in completion": [4]}, 2, "/v1/completions: "),
     "killed twice later": (
@@ -107,7 +107,7 @@ _FAULTS = {
         "it has the weights '7' after 'v' were sent",
     ),
     "keeps its cache": ({"keep cache": [1]}, 2, "what the old weights comp"),
-    "hangs": ({"hang in completion": [1]}, 2, "it gave no answer for 3 s"),
+    "hangs": ({"hang in completion": [1]}, 2, "it gave no answer for 8 s"),
     "slow": ({"slow": [1.5, 1.5, 1.5]}, 1, None),
 }
 
@@ -119,8 +119,13 @@ def test_an_engine_that_fails_changes_no_text(
 ):
   faults, starts, said = _FAULTS[fault]
   fake.fail(faults)
-  patience = {"start_timeout_s": 3.0} if "never answer" in faults else {}
-  with open_sampler(fake, stall_timeout_s=3.0, **patience) as sampler:
+  # Short only where it is waited for: a machine under load is slow.
+  patience = {}
+  if "never answer" in faults:
+    patience["start_timeout_s"] = 4.0
+  if "hang in completion" in faults:
+    patience["stall_timeout_s"] = 8.0
+  with open_sampler(fake, **patience) as sampler:
     sampler.swap_weights(other_params, "v")
     assert _greedy_and_seeded(sampler) == undisturbed
   assert fake.starts == starts
@@ -327,7 +332,7 @@ def test_a_server_of_the_user_works_on_after_an_update_that_failed(
     fake, model, open_sampler, other_params, embedded
 ):
   fake.fail({"500 in update": [1]})
-  settings = {"max_length": 48, "stall_timeout_s": 2.0}
+  settings = {"max_length": 48, "stall_timeout_s": 8.0}
   embedded.swap_weights(other_params, "v")
   with (
       _foreign(fake, model) as address,
@@ -594,13 +599,13 @@ def test_a_server_of_the_user_that_hangs_is_told_and_left(make_fake, model):
   fake = make_fake()
   fake.fail({"hang in completion": [1]})
   with _foreign(fake, model) as address:
-    parent = _parent(fake, model, address, stall_timeout_s=1.0)
+    parent = _parent(fake, model, address, stall_timeout_s=5.0)
     try:
-      _, said = parent.communicate(timeout=10.0)
+      _, said = parent.communicate(timeout=60.0)
     finally:
       parent.kill()
       parent.communicate()
-  assert b"it gave no answer for 1 s" in said
+  assert b"it gave no answer for 5 s" in said
 
 
 @pytest.mark.slow
@@ -608,15 +613,16 @@ def test_an_engine_that_hangs_in_an_update_is_replaced(
     fake, open_sampler, other_params, capsys
 ):
   fake.fail({"hang in update": [1]})
-  with open_sampler(fake, stall_timeout_s=1.0) as sampler:
+  with open_sampler(fake, stall_timeout_s=5.0) as sampler:
     engine = fake.events("start")[0]["pid"]
-    timer = threading.Timer(8.0, os.kill, (engine, signal.SIGKILL))
+    timer = threading.Timer(60.0, os.kill, (engine, signal.SIGKILL))
     timer.start()
     try:
       sampler.swap_weights(other_params, "v")
     finally:
       timer.cancel()
-  assert "it gave no answer for 1 s" in capsys.readouterr().err
+  assert "it gave no answer for 5 s" in capsys.readouterr().err
+  assert fake.starts == 2
 
 
 # Weights.
