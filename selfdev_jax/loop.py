@@ -51,6 +51,8 @@ from selfdev_jax.dpo import train as train_lib
 _SCALES = (0.02, 2.0)
 _DENSITIES = (0.05, 1.0)
 
+_LAST_STAGE = "export"
+
 # The control draws at most this many times the loop's samples to evaluate as
 # many new programs as the loop did.
 _CONTROL_OVERSAMPLING = 3
@@ -115,16 +117,18 @@ def run(
     }
     prompt = programs.load_prompt(config.propose.prompt)
     identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
-    with (
-        store_lib.Store.create(
-            workdir, config, identity, _provenance()
-        ) as archive,
-        _sandbox(config, loaded) as box,
-        contextlib.closing(
-            _sampler(config, loaded, longest, host, archive)
-        ) as sampler,
-    ):
-      _Run(config, archive, loaded, box, sampler).run()
+    with store_lib.Store.create(
+        workdir, config, identity, _provenance()
+    ) as archive:
+      if archive.is_done(records.LOOP, 0, _LAST_STAGE):
+        return
+      with (
+          _sandbox(config, loaded) as box,
+          contextlib.closing(
+              _sampler(config, loaded, longest, host, archive)
+          ) as sampler,
+      ):
+        _Run(config, archive, loaded, box, sampler).run()
 
 
 def check(config: config_lib.Config):
@@ -383,7 +387,7 @@ class _Run:
     with self._archive.stage(records.LOOP, 0, store_lib.SEARCH):
       pass
     self._test()
-    with self._archive.stage(records.LOOP, 0, "export") as needed:
+    with self._archive.stage(records.LOOP, 0, _LAST_STAGE) as needed:
       if needed:
         self._export()
 
