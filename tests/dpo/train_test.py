@@ -134,6 +134,7 @@ def test_sharded_equals_unsharded(params, start, monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_reference_is_the_starting_adapter_once_a_row(
     params, start, monkeypatch
 ):

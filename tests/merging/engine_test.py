@@ -210,7 +210,7 @@ def test_what_is_not_finite_is_told_of_a_program():
     [
         pytest.param(
             name,
-            marks=[] if name == "linear" else [pytest.mark.slow],
+            marks=[] if name == "passthrough" else [pytest.mark.slow],
         )
         for name in merging.METHODS
     ],

@@ -131,6 +131,7 @@ def test_top_p_draws_among_the_likeliest(sampler, tokenizer):
   assert len(texts(1.0)) > len(nucleus)
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_the_forward_pass(sampler, tokenizer):
   rows = [tokenizer.encode(prompt) for prompt in (_PROMPTS[0], _PROMPTS[2])]
   weights = models.init_params(_CONFIG, 0)
@@ -141,6 +142,7 @@ def test_logprobs_are_those_of_the_forward_pass(sampler, tokenizer):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_does_not_fit_loses_its_beginning(sampler, tokenizer):
   prompt = tokenizer.encode(" ".join(_PROMPTS) * 4)
   assert len(prompt) > 64
