@@ -10,20 +10,13 @@ import pytest
 
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
+from selfdev_jax.sampling.vllm import guard
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.needs_vllm,
     pytest.mark.timeout(1200),
 ]
-
-
-def _below(pid):
-  found = []
-  for children in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
-    for child in map(int, children.read_text().split()):
-      found += [child, *_below(child)]
-  return found
 
 
 def _command(pid):
@@ -35,7 +28,7 @@ def _command(pid):
 
 def _guard(pid):
   """Of the server that a run has started."""
-  (found,) = (p for p in _below(pid) if "guard.py" in _command(p))
+  (found,) = (p for p in guard.below(pid) if "guard.py" in _command(p))
   return found
 
 
@@ -89,10 +82,10 @@ def test_an_engine_and_then_the_run_are_killed_and_the_result_is_the_same(
   _, expected, _ = finished
   process = start_smoke(tmp_path, smoke_cache, "--config.sampler=vllm")
   _await_scores(process, tmp_path, 2)
-  for pid in _below(_guard(process.pid)):
+  for pid in guard.below(_guard(process.pid)):
     os.kill(pid, signal.SIGKILL)
   _await_scores(process, tmp_path, 6)
-  pids = [p for p in _below(process.pid) if "vllm" in _command(p)]
+  pids = [p for p in guard.below(process.pid) if "vllm" in _command(p)]
   assert len(pids) >= 2
   process.kill()
   _, err = process.communicate()

@@ -22,19 +22,28 @@ def _digest(**request: Any) -> str:
 
 
 def _requests(
+    run: str,
     version: str,
     prompts: Sequence[Any],
     keys: jax.Array | None,
-    **settings: Any,
+    n: int,
+    given: dict[str, Any],
 ) -> list[str]:
   """A digest of each prompt's request; its batch does not matter."""
   seeds = [None] * len(prompts)
   if keys is not None:
     seeds = np.asarray(jax.random.key_data(keys)).tolist()
+  settings = {"temperature": 0.0, "top_p": 1.0, "stop": ()} | given
+  settings |= {"n": n, "stop": list(settings["stop"])}
   return [
-      _digest(version=version, prompt=prompt, seed=seed, **settings)
+      _digest(run=run, version=version, prompt=prompt, seed=seed, **settings)
       for prompt, seed in zip(prompts, seeds, strict=True)
   ]
+
+
+def _row(run: str, version: str, row: Sequence[int]) -> str:
+  """A digest of the request for a row's log-probabilities."""
+  return _digest(run=run, version=version, row=list(map(int, row)))
 
 
 class Recorder:
@@ -86,14 +95,7 @@ class Recorder:
       **settings: Any,
   ) -> Iterator[list[sampler.Generation]]:
     """See `Sampler.generate`."""
-    digests = _requests(
-        self._version,
-        prompts,
-        keys,
-        n=n,
-        run=self._run,
-        **_settings(settings),
-    )
+    digests = _requests(self._run, self._version, prompts, keys, n, settings)
     said = []
     for batch in self._sampler.generate(
         prompts, keys, batch_size=batch_size, n=n, **settings
@@ -109,9 +111,7 @@ class Recorder:
     """See `Sampler.logprobs`."""
     found = self._sampler.logprobs(rows)
     for row, logprobs in zip(rows, found, strict=True):
-      digest = _digest(
-          run=self._run, version=self._version, row=list(map(int, row))
-      )
+      digest = _row(self._run, self._version, row)
       self._write(digest, logprobs=list(map(float, logprobs)))
     return found
 
@@ -182,14 +182,7 @@ class ReplaySampler:
     Raises:
       SamplerError: if the recording has no such request.
     """
-    digests = _requests(
-        self._version,
-        prompts,
-        keys,
-        n=n,
-        run=self._run,
-        **_settings(settings),
-    )
+    digests = _requests(self._run, self._version, prompts, keys, n, settings)
     said = [
         sampler.Generation(**{**kept, "tokens": tuple(kept["tokens"])})
         for digest in digests
@@ -200,10 +193,7 @@ class ReplaySampler:
 
   def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """See `Sampler.logprobs`."""
-    digests = [
-        _digest(run=self._run, version=self._version, row=list(map(int, row)))
-        for row in rows
-    ]
+    digests = [_row(self._run, self._version, row) for row in rows]
     return [np.float32(self._look_up(digest)["logprobs"]) for digest in digests]
 
   def _look_up(self, digest: str) -> dict[str, Any]:
@@ -219,10 +209,3 @@ class ReplaySampler:
 
   def close(self):
     """See `Sampler.close`."""
-
-
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
-  """Settings with the protocol's defaults put in."""
-  defaults = {"temperature": 0.0, "top_p": 1.0, "stop": ()}
-  settings = defaults | given
-  return settings | {"stop": list(settings["stop"])}

@@ -49,7 +49,7 @@ _CONFIGS = {
 # As long as a padded row, shorter, and the shortest; without 0, whose gradient
 # PyTorch drops where a family pads with it.
 _ROWS = [list(range(1, 17)), [5, 3, 3, 8, 30, 7, 12], [9, 4]]
-_GSM8K = pathlib.Path("/work/shared/data/gsm8k_test.jsonl")
+_GSM8K = pathlib.Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
 
 
 @pytest.fixture

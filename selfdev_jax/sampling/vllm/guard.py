@@ -23,14 +23,14 @@ _GRACE_S = 5.0
 KILLED = 128
 
 
-def _below(pid: int) -> list[int]:
+def below(pid: int) -> list[int]:
   """All processes that descend from `pid`."""
   found = []
   with contextlib.suppress(OSError):
     for thread in os.listdir(f"/proc/{pid}/task"):
       with open(f"/proc/{pid}/task/{thread}/children") as file:
         for child in map(int, file.read().split()):
-          found += [child, *_below(child)]
+          found += [child, *below(child)]
   return found
 
 
@@ -44,7 +44,7 @@ def _reap():
 def _end_all():
   for sent, patience in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, 1e9)):
     deadline = time.monotonic() + patience
-    while (pids := _below(os.getpid())) and time.monotonic() < deadline:
+    while (pids := below(os.getpid())) and time.monotonic() < deadline:
       for pid in pids:
         with contextlib.suppress(ProcessLookupError):
           os.kill(pid, sent)

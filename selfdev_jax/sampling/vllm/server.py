@@ -259,10 +259,10 @@ class Server:
 
   def mark(self):
     """Has `cause` look at what the log says from here on."""
-    self._marked = len(self._read_log())
+    self._marked = self.log.stat().st_size if self.log.exists() else 0
 
   def cause(self) -> str:
-    """What the log gives as the cause of a failure; empty if nothing."""
+    """What the log gives as the cause of a failure, or where the log is."""
     data = self._read_log()
     start = max(data.find(b"\n"), self._marked)  # Not our own command line.
     found = _CAUSE.search(data[start:].decode("utf-8", "replace"))

@@ -17,6 +17,7 @@ from selfdev_jax import models
 from selfdev_jax import sampling
 from selfdev_jax.evaluation import arithmetic
 from selfdev_jax.sampling import vllm
+from selfdev_jax.sampling.vllm import guard
 from selfdev_jax.tiny import corpus
 
 pytestmark = [
@@ -227,8 +228,7 @@ def test_an_engine_killed_while_it_writes_is_replaced(pair, capsys):
       pair.prompts[:32], max_new_tokens=_NEW, batch_size=16
   )
   said = next(batches)
-  guard = pair.swapped._server._process.pid
-  for pid in _below(guard):
+  for pid in guard.below(pair.swapped._server._process.pid):
     os.kill(pid, signal.SIGKILL)
   said += next(batches)
   assert said == expected
@@ -247,11 +247,3 @@ def test_a_part_of_a_fused_group_is_refused(pair):
   with pytest.raises(vllm.EngineError, match="came without") as error:
     transport.send(client, [[(name, np.asarray(layer["q"])[0])]])
   assert "k_proj" in str(error.value) and "v_proj" in str(error.value)
-
-
-def _below(pid):
-  found = []
-  for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
-    for child in map(int, (thread / "children").read_text().split()):
-      found += [child, *_below(child)]
-  return found
