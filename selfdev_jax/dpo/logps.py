@@ -27,7 +27,7 @@ def completion_logps(
     (log-probabilities [batch] float32, completion tokens [batch] int32).
   """
   # Nothing before the padding sees the padding: causality is mask enough.
-  hidden = models.forward(decoder, params, tokens, lora=adapter, remat=True)
+  hidden = models.forward(decoder, params, tokens, lora=adapter, remat="full")
   logits = models.logits(decoder, params, hidden[:, :-1])
   # The logsumexp in float32: bfloat16 loses several nats over 500 tokens, and
   # DPO is made of differences far smaller than that.

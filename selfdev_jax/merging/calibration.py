@@ -185,7 +185,7 @@ def _rows(
 def _add_squared_gradient(config, total, params, row, length):
   def log_likelihood(params):
     # Nothing before the padding sees the padding: causality is mask enough.
-    hidden = models.forward(config, params, row, remat=True)
+    hidden = models.forward(config, params, row, remat="full")
     logits = models.logits(config, params, hidden[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), row[:, 1:]

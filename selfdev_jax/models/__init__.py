@@ -9,6 +9,7 @@ from selfdev_jax.models.decoder import init_params
 from selfdev_jax.models.decoder import logits
 from selfdev_jax.models.decoder import Params
 from selfdev_jax.models.decoder import Rope
+from selfdev_jax.models.decoder import prefix_layout
 from selfdev_jax.models.decoder import scale_adapter
 from selfdev_jax.models.generation import generate
 from selfdev_jax.models.generation import pad_left
@@ -26,6 +27,7 @@ __all__ = [
     "init_params",
     "logits",
     "pad_left",
+    "prefix_layout",
     "scale_adapter",
     "shardings",
 ]

@@ -308,6 +308,12 @@ class Block(nnx.Module):
     return x, cache
 
 
+_REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
 class Decoder(nnx.Module):
   """Embedding, `config.layers` blocks under one scan, final norm, head."""
 
@@ -330,7 +336,14 @@ class Decoder(nnx.Module):
       self.head = _matrix(rngs, config.vocab_size, config.embed)
 
   def __call__(
-      self, tokens, positions, mask, lora=None, cache=None, remat=False
+      self,
+      tokens,
+      positions,
+      mask,
+      lora=None,
+      cache=None,
+      remat=None,
+      sharding=None,
   ):
     """Hidden states after the final norm.
 
@@ -342,12 +355,15 @@ class Decoder(nnx.Module):
         a leading layer axis; `b` already carries the scale alpha / rank.
       cache: None or (keys, values, start): two arrays [layers, batch, keys,
         kv_heads, head_dim] and the slot of the first of `tokens`.
-      remat: recompute each layer in the backward pass instead of keeping it.
+      remat: what the backward pass computes anew instead of keeping it: None,
+        nothing; `full`, each layer; `dots`, all of it but its products with
+        weights.
+      sharding: of the hidden states, [batch, seq, embed]; None: XLA's choice.
 
     Returns:
       ([batch, seq, embed], cache), the cache as (keys, values) or None.
     """
-    x, kv, _ = self._run(tokens, positions, mask, lora, cache, remat)
+    x, kv, _ = self._run(tokens, positions, mask, lora, cache, remat, sharding)
     return x, kv
 
   def observe(self, tokens, positions, mask, fn):
@@ -369,22 +385,30 @@ class Decoder(nnx.Module):
       mask,
       lora=None,
       cache=None,
-      remat=False,
+      remat=None,
+      sharding=None,
       observe=lambda inputs: None,
   ):
     c = self.config
     graph, layers = nnx.split(self.layers)
-    context = self._contexts(positions, mask, cache[2] if cache else 0)
+    context = self._contexts(positions, mask, cache)
+
+    def constrain(x):
+      if sharding is None:
+        return x
+      return jax.lax.with_sharding_constraint(x, sharding)
 
     def body(carry, xs):
       x, kv = carry
       layer, state, lora = xs
       at = None if kv is None else (*kv, layer, cache[2])
       block, inputs = nnx.merge(graph, state), {}
-      return block(x, *context(layer), lora, at, inputs), observe(inputs)
+      x, kv = block(x, *context(layer), lora, at, inputs)
+      return (constrain(x), kv), observe(inputs)
 
-    if remat:
-      body = jax.checkpoint(body)
+    if remat is not None:
+      # A scan's iterations are not merged: nothing need keep them apart.
+      body = jax.checkpoint(body, prevent_cse=False, policy=_REMAT[remat])
     xs = (
         jnp.arange(c.layers),
         layers,
@@ -394,19 +418,23 @@ class Decoder(nnx.Module):
     if c.scaled_embedding:
       x *= jnp.asarray(c.embed**0.5, x.dtype)
     (x, kv), observed = jax.lax.scan(
-        body, (x, None if cache is None else cache[:2]), xs
+        body, (constrain(x), None if cache is None else cache[:2]), xs
     )
     x = rms_norm(x, self.final_norm[...], c.norm_eps, c.unit_offset_norms)
     return x, kv, observed
 
-  def _contexts(self, positions, mask, start):
-    """Of a layer: (mask, cosines, sines); `start` is the first query's slot."""
+  def _contexts(self, positions, mask, cache):
+    """Of a layer: (mask, cosines, sines)."""
     c = self.config
     full = (mask, *_angles(c.rope, c.head_dim, positions))
     if not any(c.local):
       return lambda layer: full
-    queries = start + jnp.arange(mask.shape[2])[:, None]
-    near = jnp.arange(mask.shape[3]) > queries - c.window
+    if cache is None:
+      queries, keys = positions[:, None, :, None], positions[:, None, None, :]
+    else:  # Its slots are as far apart as the positions of what they hold.
+      queries = cache[2] + jnp.arange(mask.shape[2])[:, None]
+      keys = jnp.arange(mask.shape[3])
+    near = keys > queries - c.window
     rope = c.local_rope or c.rope
     local = (mask & near, *_angles(rope, c.head_dim, positions))
     if all(c.local):
@@ -482,14 +510,45 @@ def causal_mask(segments: jax.Array) -> jax.Array:
   return same & jnp.tril(jnp.ones((length, length), bool))
 
 
+def prefix_layout(
+    ends: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
+  """Of rows [prompt | completion | completion ... | padding].
+
+  A completion sees the prompt and itself, and its positions follow on the
+  prompt's, as if each stood in a row of its own (arXiv 2410.20305).
+
+  Args:
+    ends: [batch, 1 + completions] int32, the slots at which the prompt and each
+      completion end; where there are fewer, the last end again.
+    length: slots a row.
+
+  Returns:
+    (positions [batch, length] int32, mask [batch, 1, length, length] bool).
+  """
+  slots = jnp.arange(length, dtype=jnp.int32)
+  # 0 is the prompt, the last is padding.
+  part = jnp.sum(slots[:, None] >= ends[:, None], axis=-1, dtype=jnp.int32)
+  prompt = ends[:, :1]
+  starts = jnp.concatenate([jnp.zeros_like(prompt), ends], axis=1)
+  start = jnp.take_along_axis(starts, part, axis=1)
+  positions = jnp.where(part == 0, slots, slots - start + prompt)
+  same = part[:, :, None] == part[:, None, :]
+  sees = (same | (part == 0)[:, None, :]) & (slots[:, None] >= slots)
+  return positions, sees[:, None]
+
+
 def forward(
     config: DecoderConfig,
     params: Params,
     tokens: jax.Array,
     segments: jax.Array | None = None,
     positions: jax.Array | None = None,
+    *,
+    ends: jax.Array | None = None,
     lora: Params | None = None,
-    remat: bool = False,
+    remat: str | None = None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
   """Hidden states of whole rows; `logits` turns them into logits.
 
@@ -499,21 +558,26 @@ def forward(
     tokens: [batch, seq] int32.
     segments: [batch, seq] int32 as in `causal_mask`; None: one document a row.
     positions: [batch, seq] int32; None: 0, 1, 2, ...
+    ends: see `prefix_layout`; instead of `segments` and `positions`.
     lora: see `Decoder.__call__`.
     remat: likewise.
+    sharding: likewise.
 
   Returns:
     [batch, seq, embed].
   """
-  if segments is None:
-    segments = jnp.ones_like(tokens)
-  if positions is None:
-    positions = jnp.broadcast_to(
-        jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
-    )
-  mask = causal_mask(segments)
+  if ends is not None:
+    positions, mask = prefix_layout(ends, tokens.shape[1])
+  else:
+    if segments is None:
+      segments = jnp.ones_like(tokens)
+    if positions is None:
+      positions = jnp.broadcast_to(
+          jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
+      )
+    mask = causal_mask(segments)
   model = bind(config, params)
-  return model(tokens, positions, mask, lora, remat=remat)[0]
+  return model(tokens, positions, mask, lora, None, remat, sharding)[0]
 
 
 def logits(
