@@ -64,14 +64,14 @@ def keep_compiled():
   jax.config.update("jax_compilation_cache_max_size", 1 << 28)
 
 
-def load_config(holder: flags.FlagHolder) -> config_lib.Config:
-  """The config behind a `DEFINE_config_file` flag, checked.
+def load_config(holder: flags.FlagHolder, cls: type = config_lib.Config) -> Any:
+  """The config behind a `DEFINE_config_file` flag, checked; a `cls`.
 
   Raises:
     UserError: if the file cannot be loaded, or for what the config holds.
   """
   try:
-    return config_lib.from_config_dict(holder.value)
+    return config_lib.from_config_dict(holder.value, cls)
   except OSError as error:  # What ml_collections raises at the first look.
     reason = " ".join(str(error.__cause__ or error).split())
     raise errors.UserError(f"--{holder.name}: {reason}") from None

@@ -33,6 +33,10 @@ def _one_of(*choices):
   return dataclasses.field(default=choices[0], metadata={"choices": choices})
 
 
+# Of a layer, as models/decoder.py names them.
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
 @dataclasses.dataclass(frozen=True)
 class Propose:
   """How the factory is sampled (paper, section 3.1)."""
@@ -100,19 +104,87 @@ class Preferences:
 
 @dataclasses.dataclass(frozen=True)
 class Dpo:
-  """One round of DPO with LoRA (Rafailov et al., 2023; Hu et al., 2021)."""
+  """DPO with LoRA (Rafailov et al., 2023; Hu et al., 2021), or of all weights.
 
+  Attributes:
+    loss: see dpo/loss.py.
+    length_normalized: log-probabilities are means over tokens.
+    sft_weight: of the mean negative log-likelihood of a chosen token.
+    batch_size: pairs a step.
+    parts: a batch is computed in so many, one after the other, with one
+      update: less memory, the same result.
+    max_length: tokens of a prompt with one completion; None: the model's.
+    trains: `lora`, or `full`: every weight.
+    lora_targets: the matrices that get an adapter.
+    rslora: the adapter is scaled by alpha / sqrt(rank) instead of alpha / rank.
+    reference: `precomputed`: log-probabilities under the model and the adapter
+      that training starts from, computed once; `adapter_off`: in each step,
+      under the model without its adapter.
+    layout: `shared`: a prompt stands in a row once, with two completions;
+      `padded`: with one.
+    remat: what the backward pass computes anew: all (`full`), or all but the
+      products with weights (`dots`): faster, with more memory.
+    fsdp: devices that share each weight.
+    tensor: devices that share each product; the others share out the batch.
+    save_every: steps between checkpoints.
+  """
+
+  loss: str = _one_of("sigmoid", "ipo", "hinge", "robust")
   beta: float = _between(0.01, 0.0)
   label_smoothing: float = _between(0.0, 0.0, 0.5)
+  length_normalized: bool = False
   sft_weight: float = _between(0.0, 0.0)
   learning_rate: float = _between(1e-6, 0.0)
   warmup_fraction: float = _between(0.1, 0.0, 1.0)
   max_grad_norm: float = _between(1.0, 0.0)
   weight_decay: float = _between(0.0, 0.0)
   steps: int = _between(100, 1)
-  batch_size: int = _between(16, 1)  # Pairs a step.
+  batch_size: int = _between(16, 1)
+  parts: int = _between(1, 1)
+  max_length: int | None = _between(None, 2)
+  trains: str = _one_of("lora", "full")
   lora_rank: int = _between(256, 1)
   lora_alpha: float = _between(256.0, 0.0)
+  lora_targets: tuple[str, ...] = _MATRICES
+  rslora: bool = False
+  reference: str = _one_of("precomputed", "adapter_off")
+  layout: str = _one_of("shared", "padded")
+  remat: str = _one_of("full", "dots")
+  fsdp: int = _between(1, 1)
+  tensor: int = _between(1, 1)
+  save_every: int = _between(50, 1)
+
+  def __post_init__(self):
+    if self.batch_size % self.parts:
+      raise ConfigError(
+          f"config key 'dpo.parts' is {self.parts}; it has to divide"
+          f" 'dpo.batch_size', {self.batch_size}"
+      )
+    if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+      raise ConfigError(
+          "config key 'dpo.label_smoothing' goes with the losses 'sigmoid' and"
+          f" 'robust', not with {self.loss!r}"
+      )
+    if self.loss == "robust" and self.label_smoothing == 0.5:
+      raise ConfigError(
+          "config key 'dpo.label_smoothing' is 0.5; the loss 'robust' divides"
+          " by 1 - 2 x 0.5"
+      )
+    if self.loss == "ipo" and not self.beta:
+      raise ConfigError(
+          "config key 'dpo.beta' is 0; the loss 'ipo' divides by it"
+      )
+    if self.trains == "full" and self.reference == "adapter_off":
+      raise ConfigError(
+          "config key 'dpo.reference' is 'adapter_off', but with 'dpo.trains'"
+          " 'full' there is no adapter"
+      )
+    unknown = set(self.lora_targets) - set(_MATRICES)
+    if unknown or not self.lora_targets:
+      raise ConfigError(
+          f"config key 'dpo.lora_targets' is {self.lora_targets!r}; it takes"
+          f" one or more of {', '.join(map(repr, _MATRICES))}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +371,8 @@ def _ill_typed(path, value, wanted):
 
 
 def _check_range(value, metadata, path):
+  if value is None:  # Where the type allows it.
+    return
   choices = metadata.get("choices")
   if choices and value not in choices:
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]

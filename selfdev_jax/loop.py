@@ -19,6 +19,7 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ from selfdev_jax import records
 from selfdev_jax import sampling
 from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
+from selfdev_jax.dpo import data as data_lib
 from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import train as train_lib
 
@@ -141,6 +143,11 @@ def check(config: config_lib.Config):
   task.items(records.DEV, config.evaluate.dev_size)
   task.items(records.TEST, config.evaluate.test_size)
   programs.load_prompt(config.propose.prompt)
+  if config.dpo.trains != "lora":
+    raise errors.UserError(
+        f"config key 'dpo.trains' is {config.dpo.trains!r}; a run's factories"
+        " are adapters, 'lora' (launch.train_dpo trains whole models)"
+    )
   if not config.experts:
     raise errors.UserError("config key 'experts' is empty; name at least one")
   if len(set(config.experts)) < len(config.experts):
@@ -661,21 +668,37 @@ class _Run:
       self._archive.replace_pairs(t, pairs)
       config, loaded = self._config.dpo, self._models
       adapter = (
-          lora.init(self._key(t, "lora"), loaded.decoder, config.lora_rank)
+          lora.init(
+              self._key(t, "lora"),
+              loaded.decoder,
+              config.lora_rank,
+              config.lora_targets,
+          )
           if t == 1
           else convert.load_adapter(
               self._factory_path(t), loaded.decoder
           ).params
       )
+      data = data_lib.tokenize(
+          [dataclasses.asdict(pair) for pair in pairs],
+          loaded.tokenizer,
+          vocab_size=loaded.decoder.vocab_size,
+          max_length=config.max_length or loaded.decoder.max_positions,
+      )
+      if data.counts.note():
+        progress.note(data.counts.note())
+      workdir = self._archive.workdir / "dpo" / str(t)
       adapter, metrics = train_lib.train(
           config,
           loaded.decoder,
           loaded.seed,
           adapter,
-          pairs,
-          loaded.tokenizer.encode,
-          loaded.tokenizer.eos_token_id,
+          data,
           self._key(t, "dpo"),
+          workdir=workdir,
+          weights=self._archive.meta("identity")[
+              f"model {self._config.seed_model}"
+          ],
           label=f"{_where(records.LOOP, t)}DPO",
       )
       convert.save_adapter(
@@ -684,11 +707,14 @@ class _Run:
           config=loaded.decoder,
           rank=config.lora_rank,
           alpha=config.lora_alpha,
+          rslora=config.rslora,
           base=self._config.seed_model,
       )
       self._archive.replace_steps(
           t, [records.Step(t, i, m) for i, m in enumerate(metrics, start=1)]
       )
+      # The adapter stands; how its training went stays too.
+      shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
 
   # Controls and the end.
 

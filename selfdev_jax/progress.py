@@ -13,9 +13,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 class _Lines:
   """`update(n)` like tqdm's, printing a line now and then."""
 
-  def __init__(self, what: str, total: int, unit: str):
+  def __init__(self, what: str, total: int, unit: str, done: int):
     self._what, self._total, self._unit = what, total, unit
-    self._done, self._start = 0, time.monotonic()
+    self._before, self._done, self._start = done, done, time.monotonic()
     self._last = self._start
 
   def update(self, n: int = 1):
@@ -23,13 +23,13 @@ class _Lines:
     now = time.monotonic()
     if now - self._last >= _SECONDS_BETWEEN_LINES and self._done < self._total:
       self._last = now
-      rate = self._done / (now - self._start)
+      rate = (self._done - self._before) / (now - self._start)
       left = (self._total - self._done) / rate
       self._print(f"{rate:.2f} {self._unit}/s, {left:.0f} s left")
 
   def close(self):
     seconds = time.monotonic() - self._start
-    rate = self._done / max(seconds, 1e-9)
+    rate = (self._done - self._before) / max(seconds, 1e-9)
     self._print(f"{rate:.2f} {self._unit}/s, {seconds:.0f} s")
 
   def _print(self, tail: str):
@@ -46,13 +46,22 @@ def note(text: str):
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int, unit: str = "step") -> Iterator:
-  """Yields something with `update(n)`; shows a rate and the time left."""
+def bar(
+    what: str, total: int, unit: str = "step", done: int = 0
+) -> Iterator:
+  """Yields something with `update(n)`; shows a rate and the time left.
+
+  Args:
+    what: is being done.
+    total: how many there are.
+    unit: of what.
+    done: how many were so before.
+  """
   if sys.stderr.isatty():
-    with tqdm.tqdm(total=total, desc=what, unit=unit) as shown:
+    with tqdm.tqdm(total=total, desc=what, unit=unit, initial=done) as shown:
       yield shown
     return
-  lines = _Lines(what, total, unit)
+  lines = _Lines(what, total, unit, done)
   try:
     yield lines
   finally:

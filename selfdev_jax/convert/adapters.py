@@ -60,6 +60,7 @@ def save_adapter(
     config: models.DecoderConfig,
     rank: int,
     alpha: float,
+    rslora: bool = False,
     base: str,
 ):
   """Writes a LoRA adapter that `peft` loads; whole or not at all.
@@ -69,7 +70,8 @@ def save_adapter(
     adapter: as `Adapter.params`.
     config: the shape of the decoder that it belongs to.
     rank: r.
-    alpha: the update is scaled by alpha / rank.
+    alpha: the update is scaled by alpha / rank, or
+    rslora: by alpha / sqrt(rank).
     base: name or path of the model that the adapter belongs to.
   """
   leaves, targets = [], []
@@ -87,6 +89,7 @@ def save_adapter(
       "base_model_name_or_path": base,
       "r": rank,
       "lora_alpha": alpha,
+      "use_rslora": rslora,
       "lora_dropout": 0.0,
       "bias": "none",
       "fan_in_fan_out": False,

@@ -3,23 +3,41 @@
 E. J. Hu et al., LoRA, arXiv 2106.09685.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from selfdev_jax import models
 
-_GROUPS = ("attention", "mlp")
+_GROUPS = {
+    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
+    **dict.fromkeys(("gate", "up", "down"), "mlp"),
+}
+
+
+def scale(rank: int, alpha: float, rslora: bool) -> float:
+  """Of the update B A: alpha / rank, or alpha / sqrt(rank).
+
+  The root keeps the update's size where the rank grows: D. Kalajdzievski, A
+  Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, arXiv 2312.03732.
+  """
+  return alpha / (rank**0.5 if rslora else rank)
 
 
 def init(
-    key: jax.Array, config: models.DecoderConfig, rank: int
+    key: jax.Array,
+    config: models.DecoderConfig,
+    rank: int,
+    targets: Sequence[str] = tuple(_GROUPS),
 ) -> models.Params:
-  """A fresh adapter on every matrix of every layer; it changes nothing yet.
+  """A fresh adapter on matrices of every layer; it changes nothing yet.
 
   Args:
     key: PRNG key.
     config: the decoder's shape.
     rank: r.
+    targets: among q, k, v, o, gate, up, down.
 
   Returns:
     {"layers": {"attention": {"q": {"a": [layers, rank, in],
@@ -28,7 +46,10 @@ def init(
     `b` is zero.
   """
   layers = models.abstract_params(config)["layers"]
-  matrices = {group: layers[group] for group in _GROUPS}
+  matrices: models.Params = {}
+  for name in targets:
+    group = _GROUPS[name]
+    matrices.setdefault(group, {})[name] = layers[group][name]
   leaves, tree = jax.tree.flatten(matrices)
 
   def pair(key, matrix):

@@ -1,176 +1,174 @@
-"""One round of DPO: the adapter moves, the model under it stays."""
+"""Training on preference pairs, resumable between any two steps."""
 
-from collections.abc import Callable
-from collections.abc import Sequence
-import functools
+import hashlib
 import math
-from typing import Any
+import os
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
-import optax
 
 from selfdev_jax import config as config_lib
 from selfdev_jax import errors
 from selfdev_jax import models
 from selfdev_jax import progress
-from selfdev_jax import records
+from selfdev_jax.dpo import batches
 from selfdev_jax.dpo import data as data_lib
-from selfdev_jax.dpo import logps as logps_lib
-from selfdev_jax.dpo import loss as loss_lib
+from selfdev_jax.dpo import step as step_lib
+from selfdev_jax.dpo import workdir as workdir_lib
+
+# What may change when a training is taken up again.
+_FREE = ("fsdp", "tensor", "save_every", "remat")
 
 
 def train(
     config: config_lib.Dpo,
     decoder: models.DecoderConfig,
     params: models.Params,
-    adapter: models.Params,
-    pairs: Sequence[records.Pair],
-    encode: Callable[..., list[int]],
-    eos: int,
+    adapter: models.Params | None,
+    data: data_lib.Data,
     key: jax.Array,
     *,
+    workdir: str | os.PathLike,
+    weights: str,
     label: str = "DPO",
 ) -> tuple[models.Params, list[dict[str, float]]]:
-  """Trains an adapter on preference pairs; equal arguments, equal bits.
+  """Trains an adapter, or every weight; equal arguments, equal bits.
 
-  The reference is the model with the adapter it starts from; its
-  log-probabilities are computed once, before the first step.
+  The reference is the model with the adapter that it starts from.
 
   Args:
-    config: learning rate, steps, beta, ...
+    config: what is trained, and how.
     decoder: the model's shape.
-    params: the model under the adapter; read only.
-    adapter: where to start; as from `lora.init`, unscaled; left as it is.
-    pairs: at least one.
-    encode: the tokenizer's `encode`, see `data.tokenize`.
-    eos: the token that ends a completion.
+    params: the model; read only.
+    adapter: where to start; as from `lora.init`, unscaled; left as it is. None
+      where `config.trains` is `full`.
+    data: the pairs.
     key: PRNG key of the order of pairs.
+    workdir: keeps checkpoints, metrics and the reference; a training that was
+      killed is taken up from there.
+    weights: names the model's weights and its tokenizer, a digest.
     label: of the progress bar.
 
   Returns:
-    (adapter as NumPy arrays, metrics of each step under TRL's names).
+    (what was trained, as NumPy arrays, float32; metrics of each step under
+    TRL's names).
 
   Raises:
-    UserError: naming the step at which loss or gradient was not finite; or
-      see `data.tokenize`.
+    UserError: naming the step at which loss or gradient was not finite; or if
+      the workdir belongs to another training.
   """
-  data = data_lib.tokenize(pairs, encode, eos, decoder.max_positions)
-  order = data_lib.order(key, len(pairs), config.steps, config.batch_size)
-  batches, size = data_lib.distinct_rows(data.pairs[order], jax.device_count())
-  mesh = jax.make_mesh(
-      (jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,)
+  mesh = step_lib.make_mesh(config)
+  stepper = step_lib.stepper(config, decoder, params["embed"].dtype, mesh)
+  plan = batches.plan(
+      data,
+      key,
+      steps=config.steps,
+      batch_size=config.batch_size,
+      parts=config.parts,
+      per_row=batches.COMPLETIONS[config.layout],
+      multiple=step_lib.rows_multiple(mesh),
   )
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  by_row = NamedSharding(mesh, PartitionSpec("data"))
-  params = jax.device_put(params, everywhere)
-  # A copy: `_step` takes its buffers over.
-  adapter = jax.device_put(jax.tree.map(jnp.array, adapter), everywhere)
-  state = jax.jit(_optimizer(config).init, out_shardings=everywhere)(adapter)
+  start = {
+      "weights": weights,
+      "adapter": "none" if adapter is None else _digest(adapter),
+      "data": data.digest(),
+  }
+  settings = {f"dpo.{k}": str(v) for k, v in config_lib.to_dict(config).items()}
+  for name in _FREE:
+    del settings[f"dpo.{name}"]
+  made_from = settings | start | {"key": str(jax.random.key_data(key))}
+  with workdir_lib.Workdir(workdir, made_from) as kept:
+    frozen = {} if adapter is None else params
+    frozen = step_lib.put(frozen, stepper.frozen_shardings)
+    trained = params if adapter is None else adapter
+    trained = step_lib.put(trained, stepper.trained_shardings)
+    reference = kept.read_reference(start)
+    if reference is None:
+      reference = _reference(stepper, frozen, trained, plan, label)
+      kept.write_reference(start, reference)
+    state = stepper.init(trained)
+    del params, trained  # Where all weights are trained they are there twice.
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        state,
+    )
+    state, done = kept.restore(abstract) or (state, 0)
+    history = kept.begin_metrics(done)
+    state = _steps(
+        config, stepper, frozen, state, plan, reference, kept, history, label
+    )
+    kept.finish()
+    return step_lib.fetch(state.trained), history
 
-  def put(rows):
-    """The token rows of these numbers, shared out among the devices."""
-    return jax.device_put((data.tokens[rows], data.is_completion[rows]), by_row)
 
-  reference = []
-  for start in range(0, len(data.tokens), size):
-    # A last, smaller batch is filled up: another shape would compile anew.
-    rows = np.minimum(start + np.arange(size), len(data.tokens) - 1)
-    logps, _ = _logps(config, decoder, params, adapter, *put(rows))
-    reference.append(np.asarray(logps))
-  reference = np.concatenate(reference)[: len(data.tokens)]
+def _digest(adapter: models.Params) -> str:
+  found = hashlib.sha256()
+  for leaf in jax.tree.leaves(adapter):
+    found.update(np.ascontiguousarray(leaf).view(np.uint8))
+  return found.hexdigest()
 
-  history = []
-  with progress.bar(label, config.steps) as shown:
-    for step, (rows, pairs_of_rows) in enumerate(batches):
-      adapter, state, metrics = _step(
-          config,
-          decoder,
-          params,
-          adapter,
-          state,
-          *put(rows),
-          *jax.device_put((reference[rows], pairs_of_rows), everywhere),
-      )
+
+def _reference(stepper, frozen, trained, plan, label) -> np.ndarray:
+  """[completions] float32, each computed once."""
+  data = plan.data
+  filled = batches.fill(data, range(len(data.completions)), plan.per_row)
+  filled.sort(key=lambda row: batches.tokens(data, row))
+  lots = [
+      filled[at : at + plan.rows] for at in range(0, len(filled), plan.rows)
+  ]
+  shapes = batches.shapes([batches.most_tokens(data, lot) for lot in lots])
+  logps = np.zeros(len(data.completions), np.float32)
+  with progress.bar(f"{label}: reference", len(filled), "row") as shown:
+    for lot, shape in zip(lots, shapes, strict=True):
+      rows = batches.pack(data, lot, plan.per_row, plan.rows, shape)
+      rows = step_lib.put(rows, batches.Rows(*(stepper.rows_sharding,) * 5))
+      found = np.asarray(stepper.reference(frozen, trained, rows))
+      for i, row in enumerate(lot):
+        logps[row] = found[i, : len(row)]
+      shown.update(len(lot))
+  return logps
+
+
+def _steps(
+    config, stepper, frozen, state, plan, reference, kept, history, label
+) -> step_lib.State:
+  """The steps that `history` lacks; their metrics are appended to it."""
+  schedule = step_lib.schedule(config)
+  done = len(history)
+  tokens = history[-1]["num_tokens"] if history else 0.0
+  if done == config.steps:
+    return state
+  with progress.bar(label, config.steps, done=done) as shown:
+    for step in range(done, config.steps):
+      if step == done:
+        batch = plan.batch(step, reference)
+      placed = step_lib.put(batch, stepper.batch_shardings)
+      state, metrics = stepper.step(frozen, state, placed)
+      if step + 1 < config.steps:  # While the devices work.
+        batch = plan.batch(step + 1, reference)
+      tokens += plan.tokens(step)
       metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
       for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-          raise errors.UserError(
-              f"{label}: {name} is {metrics[name]} at step {step} of"
-              f" {config.steps}; lower dpo.learning_rate"
+          path = kept.write_lines(
+              f"not_finite_step_{step + 1}.jsonl", plan.describe(step)
           )
+          raise errors.UserError(
+              f"{label}: {name} is {metrics[name]} at step {step + 1} of"
+              f" {config.steps}; its pairs are in {path}. Lower"
+              " dpo.learning_rate, or take the pairs out, with another"
+              " --workdir"
+          )
+      metrics |= {
+          "learning_rate": float(schedule(step)),
+          "num_tokens": tokens,
+          "epoch": (step + 1) * config.batch_size / len(plan.data.pairs),
+      }
       history.append(metrics)
+      kept.log(step + 1, metrics)
+      if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        kept.save(step + 1, state)
       shown.update()
-  return jax.device_get(adapter), history
-
-
-def _optimizer(config: config_lib.Dpo) -> optax.GradientTransformation:
-  """AdamW, linear warm-up from 0, cosine to 0, as transformers counts them."""
-  schedule = optax.warmup_cosine_decay_schedule(
-      0.0,
-      config.learning_rate,
-      min(round(config.warmup_fraction * config.steps), config.steps - 1),
-      config.steps,
-  )
-  adamw = optax.adamw(schedule, weight_decay=config.weight_decay)
-  if not config.max_grad_norm:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "decoder"))
-def _logps(
-    config: config_lib.Dpo,
-    decoder: models.DecoderConfig,
-    params: models.Params,
-    adapter: models.Params,
-    tokens: jax.Array,
-    is_completion: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Log-probabilities and lengths, both [rows], of [rows, seq] tokens."""
-  scaled = models.scale_adapter(adapter, config.lora_alpha / config.lora_rank)
-  return logps_lib.completion_logps(
-      decoder, params, scaled, tokens, is_completion
-  )
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "decoder"),
-    donate_argnames=("adapter", "state"),
-)
-def _step(
-    config: config_lib.Dpo,
-    decoder: models.DecoderConfig,
-    params: models.Params,
-    adapter: models.Params,
-    state: Any,
-    tokens: jax.Array,
-    is_completion: jax.Array,
-    reference: jax.Array,
-    pairs: jax.Array,
-) -> tuple[models.Params, Any, dict[str, jax.Array]]:
-  """One update of the adapter on [rows, seq] tokens, paired by [batch, 2]."""
-
-  def loss_fn(adapter):
-    logps, counts = _logps(
-        config, decoder, params, adapter, tokens, is_completion
-    )
-    return loss_lib.sigmoid(
-        logps[pairs],
-        reference[pairs],
-        counts[pairs[:, 0]],
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-        sft_weight=config.sft_weight,
-    )
-
-  gradients, metrics = jax.grad(loss_fn, has_aux=True)(adapter)
-  metrics["grad_norm"] = optax.tree.norm(gradients)
-  # Optax raises a Python float to its int32 step count.
-  with jax.numpy_dtype_promotion("standard"):
-    updates, state = _optimizer(config).update(gradients, state, adapter)
-  return optax.apply_updates(adapter, updates), state, metrics
+  return state

@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selfdev_jax.models import flash
+
 Params = dict[str, Any]
 
 
@@ -157,7 +159,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | flash.Rows,
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
@@ -167,13 +169,16 @@ def attend(
     q: [batch, seq, heads, head_dim].
     k: [batch, keys, kv_heads, head_dim].
     v: like `k`.
-    mask: [batch, 1, seq, keys] bool, true where a query sees a key.
+    mask: [batch, 1, seq, keys] bool, true where a query sees a key; or rows
+      that a kernel attends to.
     scale: of the logits.
     softcap: see `DecoderConfig`.
 
   Returns:
     Like `q`.
   """
+  if isinstance(mask, flash.Rows):
+    return flash.attend(mask, q, k, v, scale, softcap)
   if softcap is None:
     # Inside, it takes the logits from bfloat16 to float32 by promotion.
     with jax.numpy_dtype_promotion("standard"):
@@ -350,7 +355,7 @@ class Decoder(nnx.Module):
     Args:
       tokens: [batch, seq] int32.
       positions: [batch, seq] int32.
-      mask: [batch, 1, seq, keys] bool, true where a query sees a key.
+      mask: see `attend`.
       lora: None or {"layers": {"attention": {"q": {"a", "b"}, ...}, ...}} with
         a leading layer axis; `b` already carries the scale alpha / rank.
       cache: None or (keys, values, start): two arrays [layers, batch, keys,
@@ -429,14 +434,18 @@ class Decoder(nnx.Module):
     full = (mask, *_angles(c.rope, c.head_dim, positions))
     if not any(c.local):
       return lambda layer: full
-    if cache is None:
+    if isinstance(mask, flash.Rows):
+      near = mask.within(c.window)
+      if near.window is not None and not all(c.local):
+        raise ValueError("kernels attend with one window in all layers")
+    elif cache is None:
       queries, keys = positions[:, None, :, None], positions[:, None, None, :]
+      near = mask & (keys > queries - c.window)
     else:  # Its slots are as far apart as the positions of what they hold.
       queries = cache[2] + jnp.arange(mask.shape[2])[:, None]
-      keys = jnp.arange(mask.shape[3])
-    near = keys > queries - c.window
+      near = mask & (jnp.arange(mask.shape[3]) > queries - c.window)
     rope = c.local_rope or c.rope
-    local = (mask & near, *_angles(rope, c.head_dim, positions))
+    local = (near, *_angles(rope, c.head_dim, positions))
     if all(c.local):
       return lambda layer: local
     is_local = jnp.array(c.local)
@@ -510,9 +519,7 @@ def causal_mask(segments: jax.Array) -> jax.Array:
   return same & jnp.tril(jnp.ones((length, length), bool))
 
 
-def prefix_layout(
-    ends: jax.Array, length: int
-) -> tuple[jax.Array, jax.Array]:
+def prefix_layout(ends: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
   """Of rows [prompt | completion | completion ... | padding].
 
   A completion sees the prompt and itself, and its positions follow on the
@@ -538,6 +545,30 @@ def prefix_layout(
   return positions, sees[:, None]
 
 
+def attention_kernel(
+    config: DecoderConfig,
+    dtype: jax.typing.DTypeLike,
+    length: int,
+    device: jax.Device | None = None,
+) -> str:
+  """What attends in whole rows: `xla`, `cudnn` or `splash`.
+
+  XLA does in every case; the kernels never hold a row's logits or its mask, but
+  know one window for all layers.
+
+  Args:
+    config: the decoder's shape.
+    dtype: of its parameters.
+    length: slots a row, or the span of `forward`.
+    device: where it runs; None: JAX's default.
+  """
+  device = device or jax.devices()[0]
+  windowed = any(config.local) and config.window < length
+  if windowed and not all(config.local):
+    return "xla"
+  return flash.kernel(device, dtype, config.head_dim, config.attention_softcap)
+
+
 def forward(
     config: DecoderConfig,
     params: Params,
@@ -549,6 +580,8 @@ def forward(
     lora: Params | None = None,
     remat: str | None = None,
     sharding: jax.sharding.Sharding | None = None,
+    attention: str = "xla",
+    span: int | None = None,
 ) -> jax.Array:
   """Hidden states of whole rows; `logits` turns them into logits.
 
@@ -561,11 +594,16 @@ def forward(
     ends: see `prefix_layout`; instead of `segments` and `positions`.
     lora: see `Decoder.__call__`.
     remat: likewise.
-    sharding: likewise.
+    sharding: likewise; on several devices kernels need it.
+    attention: see `attention_kernel`. Rows with `segments` or `positions` are
+      for XLA whatever it says.
+    span: with `ends` and a kernel, slots that a prompt and a completion fill
+      at most, which makes it faster; NaN where they fill more. None: all.
 
   Returns:
-    [batch, seq, embed].
+    [batch, seq, embed]. What it holds of padding depends on `attention`.
   """
+  plain = segments is None and positions is None
   if ends is not None:
     positions, mask = prefix_layout(ends, tokens.shape[1])
   else:
@@ -576,6 +614,8 @@ def forward(
           jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
       )
     mask = causal_mask(segments)
+  if plain and attention != "xla":
+    mask = flash.rows(attention, tokens.shape[1], ends, span, sharding)
   model = bind(config, params)
   return model(tokens, positions, mask, lora, None, remat, sharding)[0]
 

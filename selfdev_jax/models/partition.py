@@ -9,7 +9,7 @@ from selfdev_jax.models.decoder import abstract_params
 from selfdev_jax.models.decoder import DecoderConfig
 from selfdev_jax.models.decoder import Params
 
-FSDP, TENSOR = "fsdp", "tensor"
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 
 # The last key of a path -> axes of its last dimensions. What is computed from
 # the residual stream is cut by its outputs, what adds to it by its inputs
@@ -34,13 +34,34 @@ def shardings(config: DecoderConfig, mesh: Mesh) -> Params:
   """
 
   def place(path, leaf):
-    axes = _AXES.get(path[-1].key, ())
-    sizes = leaf.shape[leaf.ndim - len(axes) :]
-    spec = [
-        axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, sizes, strict=True)
-    ]
-    leading = [None] * (leaf.ndim - len(axes))
-    return NamedSharding(mesh, PartitionSpec(*leading, *spec))
+    return _place(mesh, _AXES.get(path[-1].key, ()), leaf.shape)
 
   return jax.tree_util.tree_map_with_path(place, abstract_params(config))
+
+
+def adapter_shardings(adapter: Params, mesh: Mesh) -> Params:
+  """A `NamedSharding` for each factor: cut as the matrix that it belongs to.
+
+  Args:
+    adapter: `a` [layers, rank, in] and `b` [layers, out, rank] of each matrix,
+      see `Decoder.__call__`; arrays or their shapes.
+    mesh: see `shardings`.
+  """
+
+  def place(path, leaf):
+    outputs, inputs = _AXES[path[-2].key]
+    axes = (None, inputs) if path[-1].key == "a" else (outputs, None)
+    return _place(mesh, axes, leaf.shape)
+
+  return jax.tree_util.tree_map_with_path(place, adapter)
+
+
+def _place(mesh, axes, shape):
+  """The last dimensions cut along `axes` where these divide them."""
+  sizes = shape[len(shape) - len(axes) :]
+  spec = [
+      axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(axes, sizes, strict=True)
+  ]
+  leading = [None] * (len(shape) - len(axes))
+  return NamedSharding(mesh, PartitionSpec(*leading, *spec))
