@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import app
+from launch.shapes import SHAPES
 from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import merging
@@ -47,28 +48,6 @@ from selfdev_jax import models
 from selfdev_jax import progress
 from selfdev_jax.merging import roofline
 
-_SHAPES = {
-    "mistral-7b": models.DecoderConfig(
-        vocab_size=32_000,
-        embed=4096,
-        layers=32,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        mlp=14_336,
-    ),
-    # A. Karpathy's stories15M: to see in seconds what this prints.
-    "stories-15m": models.DecoderConfig(
-        vocab_size=32_000,
-        embed=288,
-        layers=6,
-        heads=6,
-        kv_heads=6,
-        head_dim=48,
-        mlp=768,
-        tied_head=True,
-    ),
-}
 _DTYPES = ("bfloat16", "float16", "float32")
 _NOISE = 0.1
 _MISSING = 0.5
@@ -77,7 +56,10 @@ _TRACED = 3
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory or hub id.")
 _SHAPE = flags.DEFINE_enum(
-    "shape", None, list(_SHAPES), "Random weights of these shapes instead."
+    "shape",
+    None,
+    list(SHAPES),
+    "Random weights of these shapes instead.",
 )
 _METHOD = flags.DEFINE_enum(
     "method", None, sorted(merging.METHODS), "To profile.", required=True
@@ -245,7 +227,7 @@ def _choose_layers(method, config, params, dtype) -> int:
 def _base(method) -> tuple[models.DecoderConfig, int, models.Params]:
   """(config, layers to time, weights of them)."""
   if _SHAPE.value is not None:
-    config = _SHAPES[_SHAPE.value]
+    config = SHAPES[_SHAPE.value]
     shapes, dtype = models.abstract_params(config), _DTYPE.value or "bfloat16"
     make = lambda key, leaf, like: _random(key, like.shape, like.dtype)
   else:
