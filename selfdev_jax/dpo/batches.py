@@ -82,9 +82,11 @@ def order(
   )
   flat = np.asarray(flat).reshape(-1)[: steps * batch_size]
   buckets = np.array([bucket(length) for length in lengths])
+  # Not of several passes: a rare length's batches would be one pair's.
+  size = max(1, min(_WINDOW, n // batch_size)) * batch_size
   batches = []
-  for start in range(0, len(flat), _WINDOW * batch_size):
-    window = flat[start : start + _WINDOW * batch_size]
+  for start in range(0, len(flat), size):
+    window = flat[start : start + size]
     by_length = window[np.argsort(buckets[window], kind="stable")]
     found = by_length.reshape(-1, batch_size)
     key = jax.random.fold_in(mix, start)
@@ -93,11 +95,10 @@ def order(
 
 
 def bucket(length: int) -> int:
-  """The next of 32, 48, 64, 96, 128, ...: few shapes, a third of one wasted."""
-  size = _SHORTEST
-  while size < length:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return size
+  """The next of 32, 48, 64, 80, 96, 112, 128, 160, 192, ...: quarters."""
+  length = max(int(length), _SHORTEST)
+  step = max(_SHORTEST // 2, 1 << (length - 1).bit_length() - 3)
+  return -(-length // step) * step
 
 
 def row_lengths(data: data_lib.Data) -> np.ndarray:

@@ -181,10 +181,8 @@ def _backward(softcap, trains_head, kept, cotangents):
 
   def part(total, i):
     raw, logits = _logits(hidden, parts, i, vocab, softcap)
-    error = _is_target(targets, parts, i) - jnp.exp(
-        logits - logsumexp[..., None]
-    )
-    error *= up
+    hit = _is_target(targets, parts, i).astype(jnp.float32)
+    error = up * (hit - jnp.exp(logits - logsumexp[..., None]))
     if softcap is not None:
       error *= 1 - jnp.tanh(raw / softcap) ** 2
     error = error.astype(hidden.dtype)
