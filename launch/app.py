@@ -98,6 +98,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
           (near,) = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
           _fail(f"unknown config key '{key}'; did you mean '{near}'?")
     raise
+  except OSError as error:  # A config file that is not there, with overrides.
+    _fail(" ".join(str(error.__cause__ or error).split()))
 
 
 def _fail(message: str) -> NoReturn:

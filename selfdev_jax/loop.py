@@ -44,7 +44,6 @@ from selfdev_jax import records
 from selfdev_jax import sampling
 from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
-from selfdev_jax.dpo import data as data_lib
 from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import train as train_lib
 
@@ -679,14 +678,12 @@ class _Run:
               self._factory_path(t), loaded.decoder
           ).params
       )
-      data = data_lib.tokenize(
-          [dataclasses.asdict(pair) for pair in pairs],
+      data = train_lib.prepare(
+          config,
+          loaded.decoder,
           loaded.tokenizer,
-          vocab_size=loaded.decoder.vocab_size,
-          max_length=config.max_length or loaded.decoder.max_positions,
+          [dataclasses.asdict(pair) for pair in pairs],
       )
-      if data.counts.note():
-        progress.note(data.counts.note())
       workdir = self._archive.workdir / "dpo" / str(t)
       adapter, metrics = train_lib.train(
           config,

@@ -46,9 +46,7 @@ def note(text: str):
 
 
 @contextlib.contextmanager
-def bar(
-    what: str, total: int, unit: str = "step", done: int = 0
-) -> Iterator:
+def bar(what: str, total: int, unit: str = "step", done: int = 0) -> Iterator:
   """Yields something with `update(n)`; shows a rate and the time left.
 
   Args:

@@ -10,6 +10,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _FILES = sorted(
     path for path in (_ROOT / "configs").glob("*.py") if path.stem != "__init__"
 )
+# The others hold a `Config`.
+_CLASSES = {"dpo": config_lib.Dpo}
 
 
 def _minimal(**changes):
@@ -24,8 +26,10 @@ def test_every_config_builds_and_is_locked(path):
   spec.loader.exec_module(module)
   tree = module.get_config()
   assert tree.is_locked
-  config = config_lib.from_config_dict(tree)
-  assert hash(config) == hash(config_lib.from_config_dict(tree))
+  cls = _CLASSES.get(path.stem, config_lib.Config)
+  config = config_lib.from_config_dict(tree, cls)
+  assert isinstance(config, cls)
+  assert hash(config) == hash(config_lib.from_config_dict(tree, cls))
   assert str(path.relative_to(_ROOT)) in module.__doc__
 
 
@@ -60,12 +64,69 @@ def test_round_trip_keeps_every_key():
             "'merge.scope' is 'mpl'; it takes one of 'mlp', 'all' .*'mlp'",
         ),
         (_minimal(tiny={"kind": "structure"}), "did you mean 'structured'"),
+        (
+            _minimal(dpo={"batch_size": 6, "parts": 4}),
+            "'dpo.parts' is 4; it has to divide 'dpo.batch_size', 6",
+        ),
+        (_minimal(dpo={"parts": 0}), "'dpo.parts' is 0; .* at least 1"),
+        *(
+            (
+                _minimal(dpo={"loss": loss, "label_smoothing": 0.1}),
+                f"'dpo.label_smoothing' goes with .*, not with '{loss}'",
+            )
+            for loss in ("ipo", "hinge")
+        ),
+        (
+            _minimal(dpo={"label_smoothing": 0.6}),
+            r"'dpo.label_smoothing' is 0.6; it has to be in \[0.0, 0.5\]",
+        ),
+        (
+            _minimal(dpo={"loss": "robust", "label_smoothing": 0.5}),
+            "'dpo.label_smoothing' is 0.5; the loss 'robust' divides",
+        ),
+        (
+            _minimal(dpo={"loss": "ipo", "beta": 0.0}),
+            "'dpo.beta' is 0; the loss 'ipo' divides by it",
+        ),
+        (
+            _minimal(dpo={"trains": "full", "reference": "adapter_off"}),
+            "'dpo.reference' is 'adapter_off', but with 'dpo.trains' 'full'",
+        ),
+        (_minimal(dpo={"lora_targets": ()}), r"'dpo.lora_targets' is \(\)"),
+        (
+            _minimal(dpo={"lora_targets": ("q", "z")}),
+            r"'dpo.lora_targets' is \('q', 'z'\); it takes .* 'q', 'k', 'v'",
+        ),
+        (
+            _minimal(dpo={"lora_targets": "q"}),
+            "'dpo.lora_targets' takes a tuple, not 'q'",
+        ),
+        (_minimal(dpo={"max_length": 1}), "'dpo.max_length' is 1"),
+        (_minimal(dpo={"max_length": "1"}), "'dpo.max_length' takes int"),
     ],
 )
 def test_bad_config_is_one_line_with_the_key(tree, message):
   with pytest.raises(config_lib.ConfigError, match=message) as error:
     config_lib.from_config_dict(tree)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss": "sigmoid", "label_smoothing": 0.5},
+        {"loss": "robust", "label_smoothing": 0.49},
+        {"loss": "hinge", "beta": 0.0},
+        {"batch_size": 12, "parts": 12},
+        {"trains": "full", "reference": "precomputed"},
+        {"lora_targets": ("down",), "max_length": 2},
+    ],
+)
+def test_what_dpo_takes(values):
+  config = config_lib.from_config_dict(_minimal(dpo=values))
+  assert config.dpo == config_lib.Dpo(**values)
+  alone = config_lib.to_config_dict(config.dpo)
+  assert config_lib.from_config_dict(alone, config_lib.Dpo) == config.dpo
 
 
 def test_an_int_does_for_a_float():

@@ -57,16 +57,7 @@ def run(
   directory = convert.resolve(model)
   tokenizer = convert.load_tokenizer(directory)
   decoder = convert.read_config(directory)
-  data = data_lib.tokenize(
-      data_lib.read(pairs),
-      tokenizer,
-      vocab_size=decoder.vocab_size,
-      max_length=min(
-          config.max_length or decoder.max_positions, decoder.max_positions
-      ),
-  )
-  if data.counts.note():
-    progress.note(data.counts.note())
+  data = train_lib.prepare(config, decoder, tokenizer, data_lib.read(pairs))
   key = jax.random.key(seed)
   start = None
   if adapter is not None:

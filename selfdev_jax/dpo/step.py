@@ -179,7 +179,7 @@ def stepper(
             jax.random.key(0), decoder, config.lora_rank, config.lora_targets
         )
     )
-    trained_shardings = models.adapter_shardings(trained, mesh)
+    trained_shardings = models.adapter_shardings(decoder, trained, mesh)
   everywhere = NamedSharding(mesh, PartitionSpec())
   optimize = optimizer(config)
   state_shardings = State(

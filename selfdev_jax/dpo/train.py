@@ -1,11 +1,14 @@
 """Training on preference pairs, resumable between any two steps."""
 
+from collections.abc import Sequence
 import hashlib
 import math
 import os
+from typing import Any
 
 import jax
 import numpy as np
+import transformers
 
 from selfdev_jax import config as config_lib
 from selfdev_jax import errors
@@ -18,6 +21,32 @@ from selfdev_jax.dpo import workdir as workdir_lib
 
 # What may change when a training is taken up again.
 _FREE = ("fsdp", "tensor", "save_every", "remat")
+
+
+def prepare(
+    config: config_lib.Dpo,
+    decoder: models.DecoderConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+) -> data_lib.Data:
+  """Token ids of preference pairs; says how many were skipped or cut.
+
+  Args:
+    config: for its `max_length`.
+    decoder: the model's shape.
+    tokenizer: its tokenizer.
+    rows: see `data.tokenize`, which also says what it raises.
+  """
+  positions = decoder.max_positions
+  data = data_lib.tokenize(
+      rows,
+      tokenizer,
+      vocab_size=decoder.vocab_size,
+      max_length=min(config.max_length or positions, positions),
+  )
+  if data.counts.note():
+    progress.note(data.counts.note())
+  return data
 
 
 def train(

@@ -64,7 +64,7 @@ class Workdir:
     if path.is_file():
       try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
-      except ValueError as error:
+      except (TypeError, ValueError) as error:
         raise errors.UserError(
             f"{path} is damaged ({error}); name another --workdir"
         ) from None
@@ -167,20 +167,29 @@ class Workdir:
     Those steps were seen by no checkpoint and are computed again.
     """
     path = self._directory / _METRICS
-    lines = []
-    if path.is_file():
-      lines = path.read_text(encoding="utf-8").splitlines()[:steps]
+    lines, history = [], []
+    try:
+      if path.is_file():
+        lines = path.read_bytes().splitlines()[:steps]
+      history = [_without_step(json.loads(line)) for line in lines]
+    except (AttributeError, ValueError) as error:
+      raise errors.UserError(
+          f"{path} is damaged ({error}); name another --workdir"
+      ) from None
     if len(lines) < steps:
       raise errors.UserError(
           f"{path} has {len(lines)} steps, the checkpoint {steps}; name another"
           " --workdir"
       )
     if self._first:
-      _write_whole(path, "".join(line + "\n" for line in lines))
+      _write_whole(path, "".join(line.decode() + "\n" for line in lines))
       self._writer = tensorboardX.SummaryWriter(
-          str(self._directory / "tensorboard"), purge_step=steps + 1
+          str(self._directory / "tensorboard"), purge_step=1
       )
-    return [_without_step(json.loads(line)) for line in lines]
+      # A killed process had some of them in memory only.
+      for step, metrics in enumerate(history, 1):
+        self._show(step, metrics)
+    return history
 
   def log(self, step: int, metrics: dict[str, float]):
     """A step's line, steps counted from 1."""
@@ -188,6 +197,9 @@ class Workdir:
       return
     with open(self._directory / _METRICS, "a", encoding="utf-8") as file:
       file.write(json.dumps({"step": step, **metrics}) + "\n")
+    self._show(step, metrics)
+
+  def _show(self, step: int, metrics: dict[str, float]):
     for name, value in metrics.items():
       self._writer.add_scalar(f"train/{name}", value, step)
 

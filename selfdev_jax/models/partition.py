@@ -24,6 +24,9 @@ _AXES = {
 }
 
 
+_OF_HEADS = ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias")
+
+
 def shardings(config: DecoderConfig, mesh: Mesh) -> Params:
   """A `NamedSharding` for each leaf of the parameters.
 
@@ -34,33 +37,46 @@ def shardings(config: DecoderConfig, mesh: Mesh) -> Params:
   """
 
   def place(path, leaf):
-    return _place(mesh, _AXES.get(path[-1].key, ()), leaf.shape)
+    name = path[-1].key
+    return _place(config, mesh, name, _AXES.get(name, ()), leaf.shape)
 
   return jax.tree_util.tree_map_with_path(place, abstract_params(config))
 
 
-def adapter_shardings(adapter: Params, mesh: Mesh) -> Params:
+def adapter_shardings(
+    config: DecoderConfig, adapter: Params, mesh: Mesh
+) -> Params:
   """A `NamedSharding` for each factor: cut as the matrix that it belongs to.
 
   Args:
+    config: the decoder's shape.
     adapter: `a` [layers, rank, in] and `b` [layers, out, rank] of each matrix,
       see `Decoder.__call__`; arrays or their shapes.
     mesh: see `shardings`.
   """
 
   def place(path, leaf):
-    outputs, inputs = _AXES[path[-2].key]
+    name = path[-2].key
+    outputs, inputs = _AXES[name]
     axes = (None, inputs) if path[-1].key == "a" else (outputs, None)
-    return _place(mesh, axes, leaf.shape)
+    return _place(config, mesh, name, axes, leaf.shape)
 
   return jax.tree_util.tree_map_with_path(place, adapter)
 
 
-def _place(mesh, axes, shape):
+def _place(config, mesh, name, axes, shape):
   """The last dimensions cut along `axes` where these divide them."""
+
+  def fits(axis, size):
+    if axis not in mesh.shape or size % mesh.shape[axis]:
+      return False
+    # A part of a head would be gathered again to be attended with.
+    is_cut = axis == TENSOR and name in _OF_HEADS
+    return not is_cut or config.heads % mesh.shape[axis] == 0
+
   sizes = shape[len(shape) - len(axes) :]
   spec = [
-      axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+      axis if fits(axis, size) else None
       for axis, size in zip(axes, sizes, strict=True)
   ]
   leading = [None] * (len(shape) - len(axes))

@@ -100,7 +100,7 @@ def mesh():
 
 
 def _specs(adapter, mesh):
-  placed = models.adapter_shardings(adapter, mesh)
+  placed = models.adapter_shardings(_DECODER, adapter, mesh)
   return _matrices(jax.tree.map(lambda x: x.spec, placed))
 
 
@@ -114,7 +114,7 @@ def test_factors_are_cut_as_their_matrix_is(mesh):
       **dict.fromkeys(("o", "down"), by_input),
   }
   weights = models.shardings(_DECODER, mesh)["layers"]
-  for group, matrices in models.adapter_shardings(adapter, mesh)[
+  for group, matrices in models.adapter_shardings(_DECODER, adapter, mesh)[
       "layers"
   ].items():
     for name, factors in matrices.items():
@@ -137,7 +137,7 @@ def test_what_an_axis_does_not_divide_is_whole(mesh):
   }
   placed = jax.device_put(
       jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapter),
-      models.adapter_shardings(adapter, mesh),
+      models.adapter_shardings(_DECODER, adapter, mesh),
   )
   b = placed["layers"]["attention"]["q"]["b"]
   assert b.addressable_shards[0].data.shape == (4, 16, 8)
