@@ -28,7 +28,9 @@ Each is a process of its own that imports nothing of the other side, with as
 many threads as there are cores. Those of a comparison are there together and
 take turns of --block steps, in a drawn order, --rounds times, after --warm_up
 steps; who waits computes nothing. CPU seconds are the process's, user and
-system, of a whole step, batch and log included; medians over the rounds.
+system, of a whole step; medians over the rounds. TRL's has its log in it, ours
+the metrics, but not the lines that `dpo.train` writes of them. What is compiled
+falls into the warm-up: the JSON has its CPU seconds, "warm_up_cpu_s".
 Peaks are the high-water mark of resident memory since the process began,
 imports, the reference and mapped files included; "imported" is what was
 resident before the model was read.
@@ -680,9 +682,15 @@ def _compare(directory: pathlib.Path, trains: str, split: str) -> dict:
   has_parity = "trl" in ways and ours and split == _SPLITS.value[0]
   result = {"trains": trains, "split": split}
   with _children(directory, ways, trains, split) as children:
+    warm_up = {
+        way: child.ask("steps", n=_WARM_UP.value)
+        for way, child in children.items()
+    }
     turns = _take_turns(children, f"{trains} {split}")
     result["ways"] = {
-        way: _medians(turns[way]) | child.ask("memory")
+        way: _medians(turns[way])
+        | child.ask("memory")
+        | {"warm_up_cpu_s": warm_up[way]["cpu_s"]}
         for way, child in children.items()
     }
     if has_parity:
@@ -698,8 +706,6 @@ def _compare(directory: pathlib.Path, trains: str, split: str) -> dict:
 def _take_turns(children, label: str) -> dict[str, list[dict]]:
   """Way -> its turns' answers."""
   turns = {way: [] for way in children}
-  for child in children.values():
-    child.ask("steps", n=_WARM_UP.value)
   order = random.Random(0)
   with progress.bar(label, _ROUNDS.value, "round") as shown:
     for _ in range(_ROUNDS.value):
@@ -755,6 +761,8 @@ def _largest_difference(ours: dict, theirs: dict) -> float:
   worst = 0.0
   for name, gradient in theirs.items():
     difference = np.abs(ours[name] - gradient).max()
+    if not np.isfinite(difference):
+      raise ValueError(f"the gradient of {name} is not finite on both sides")
     if difference:  # A's are zeros where B is 0.
       worst = max(worst, float(difference / np.abs(gradient).max()))
   return worst
@@ -782,6 +790,7 @@ def _ratios(comparison: dict) -> dict:
   found = {"trl": better}
   for name, ours in (("padded", "ours padded"), ("prefix", "ours shared")):
     found[f"ratio_cpu_{name}"] = _ratio(rows, better, ours, "cpu_s")
+    found[f"ratio_wall_{name}"] = _ratio(rows, better, ours, "wall_s")
     for theirs in _BETTER_OF:
       unchecked = "_unchecked" if "unchecked" in theirs else ""
       found[f"ratio_memory_{name}{unchecked}"] = _ratio(
@@ -833,7 +842,10 @@ def _summary(comparisons: list[dict]) -> dict:
   lora, full = (ratios.get((trains, first), {}) for trains in ("lora", "full"))
   parity = [row for c in comparisons for row in c.get("parity", {}).values()]
   points = [row[at] for row in parity for at in ("start", "moved")]
-  worst = lambda rows, key: max((row[key] for row in rows), default=None)
+  # NumPy's maximum of anything and NaN is NaN.
+  worst = lambda rows, key: (
+      float(np.max([row[key] for row in rows])) if rows else None
+  )
   return {
       "max_loss_diff": worst(points, "loss_diff"),
       "max_grad_rel": worst(points, "grad_rel"),

@@ -17,7 +17,8 @@ ready:
               completion; `slots/s` counts what the rows hold, padding too
   MFU         the FLOPs of all matrix products of a step in which nothing is
               computed twice (but the logits, in the backward pass), a second,
-              by the devices' peak (--peak_tflops, known for some)
+              by the devices' peak (--peak_tflops, known for some); attention's
+              only where XLA computes it, not where a kernel does
 
 Prompts have --prompt_tokens tokens, completions --completion_tokens, all in the
 vocabulary at random. Standard output ends in one line of JSON.
@@ -149,7 +150,7 @@ def main(_):
       multiple=step_lib.rows_multiple(mesh),
   )
   reference = np.zeros(2 * config.batch_size, np.float32)
-  stepper = step_lib.stepper(config, decoder, dtype, mesh)
+  stepper = step_lib.stepper(config, decoder, dtype, mesh, plan.span)
   frozen, trained = _abstract(config, decoder, dtype, stepper)
   state = _placed(
       jax.eval_shape(stepper.init, trained), stepper.state_shardings

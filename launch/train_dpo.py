@@ -93,9 +93,25 @@ def _join():
         f"--process={_PROCESS.value} has to be below"
         f" --processes={_PROCESSES.value}; they are counted from 0"
     )
-  jax.distributed.initialize(
-      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-  )
+  host, _, port = _COORDINATOR.value.rpartition(":")
+  if not host or not port.isdigit():
+    raise errors.UserError(
+        f"--coordinator={_COORDINATOR.value} is not like HOST:PORT"
+    )
+  try:
+    jax.distributed.initialize(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS.value,
+        # By default it would listen on every address of the host.
+        coordinator_bind_address=_COORDINATOR.value,
+    )
+  except RuntimeError as error:
+    reason = " ".join(str(error).split())
+    raise errors.UserError(
+        f"--coordinator={_COORDINATOR.value}: the processes did not meet"
+        f" ({reason})"
+    ) from None
 
 
 if __name__ == "__main__":

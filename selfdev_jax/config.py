@@ -110,6 +110,7 @@ class Dpo:
     loss: see dpo/loss.py.
     length_normalized: log-probabilities are means over tokens.
     sft_weight: of the mean negative log-likelihood of a chosen token.
+    max_grad_norm: of all gradients together; 0: they are not clipped.
     batch_size: pairs a step.
     parts: a batch is computed in so many, one after the other, with one
       update: less memory, the same result.

@@ -19,7 +19,6 @@ import os
 import pathlib
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -46,6 +45,7 @@ from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
 from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import train as train_lib
+from selfdev_jax.dpo import workdir as workdir_lib
 
 # What the sweeps search: factors of a task vector, evenly on a log scale (the
 # best ones differ by an order of magnitude between worlds), densities of TIES.
@@ -711,7 +711,7 @@ class _Run:
           t, [records.Step(t, i, m) for i, m in enumerate(metrics, start=1)]
       )
       # The adapter stands; how its training went stays too.
-      shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+      workdir_lib.discard_checkpoints(workdir)
 
   # Controls and the end.
 

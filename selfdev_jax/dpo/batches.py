@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from selfdev_jax import progress
 from selfdev_jax.dpo import data as data_lib
 
 # Completions in a row, after the prompt that they share.
@@ -271,19 +273,25 @@ class Plan:
         reference[numbers].astype(np.float32),
     )
 
+  @functools.cached_property
+  def span(self) -> int:
+    """Slots that a prompt with one completion fills at most."""
+    numbers = range(len(self.data.completions))
+    return bucket(max(tokens(self.data, [number])[0] for number in numbers))
+
   def tokens(self, step: int) -> int:
     """Tokens of a step's pairs as TRL counts them: a prompt for each of two."""
     numbers = self.data.pairs[self.order[step]].reshape(-1)
     return sum(tokens(self.data, [number])[0] for number in numbers)
 
   def describe(self, step: int) -> list[dict[str, Any]]:
-    """A step's pairs: which rows of the input, and their tokens."""
+    """A step's pairs: rows of the input, counted from 1, and their tokens."""
     described = []
     for pair in self.order[step].flat:
       chosen, rejected = self.data.pairs[pair]
       described.append(
           {
-              "row": int(self.data.source[pair]),
+              "row": int(self.data.source[pair]) + 1,
               "prompt_ids": self.data.prompts[
                   self.data.prompt_of[chosen]
               ].tolist(),
@@ -317,10 +325,16 @@ def plan(
   """
   found = order(key, row_lengths(data), steps, batch_size)
   found = found.reshape(steps, parts, -1)
-  rows, needs = 0, []
+  least, needs = 0, []
   for step in found:
     filled = [fill(data, data.pairs[part].flat, per_row) for part in step]
-    rows = max(rows, max(map(len, filled)))
+    least = max(least, max(map(len, filled)))
     needs.append(most_tokens(data, itertools.chain.from_iterable(filled)))
-  rows = -(-rows // multiple) * multiple
+  rows = -(-least // multiple) * multiple
+  if rows >= 2 * least:
+    progress.note(
+        f"{rows} rows are computed where a batch's part has {least}, as"
+        f" {multiple} devices share it out; lower dpo.parts or raise"
+        " dpo.batch_size"
+    )
   return Plan(data, found, per_row, rows, shapes(needs))

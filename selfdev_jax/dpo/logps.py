@@ -28,6 +28,7 @@ def completion_statistics(
     adapter: models.Params | None,
     rows: batches.Rows,
     *,
+    span: int | None = None,
     remat: str | None = "full",
     sharding: jax.sharding.Sharding | None = None,
 ) -> Statistics:
@@ -38,12 +39,16 @@ def completion_statistics(
     params: its parameters.
     adapter: None or a LoRA adapter, `b` scaled.
     rows: [rows, ...]; a row holds a prompt and some completions of it.
+    span: slots that a prompt with one completion fills at most; None: the
+      row's length. Where a kernel attends, the less the faster.
     remat: see `models.forward`.
     sharding: likewise.
 
   Returns:
     Sums, each [rows, completions]; only `logps` has a gradient.
   """
+  length = rows.tokens.shape[1]
+  span = min(span or length, length)
   hidden = models.forward(
       decoder,
       params,
@@ -52,9 +57,8 @@ def completion_statistics(
       lora=adapter,
       remat=remat,
       sharding=sharding,
-      attention=models.attention_kernel(
-          decoder, params["embed"].dtype, rows.tokens.shape[1]
-      ),
+      attention=models.attention_kernel(decoder, params["embed"].dtype, span),
+      span=span,
   )
   # The prompt's last token predicts the first of each completion.
   hidden = jnp.take_along_axis(hidden, rows.sources[..., None], axis=1)
@@ -119,7 +123,12 @@ def _parts(head):
 def _logits(hidden, parts, i, vocab, softcap):
   """Of part `i`: (raw, capped), [batch, seq, vocab / parts] float32."""
   raw = jnp.einsum(
-      "bsd,vd->bsv", hidden, parts[:, i], preferred_element_type=jnp.float32
+      "bsd,vd->bsv",
+      hidden,
+      parts[:, i],
+      # A GPU would multiply float32 in TF32.
+      precision=jax.lax.Precision.HIGHEST,
+      preferred_element_type=jnp.float32,
   )
   capped = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
   if parts.shape[0] * parts.shape[1] != vocab:
@@ -179,30 +188,34 @@ def _backward(softcap, trains_head, kept, cotangents):
   parts, vocab = _parts(head), head.shape[0]
   up = cotangents[0][..., None]
 
-  def part(total, i):
+  def part(totals, i):
+    to_hidden, to_head = totals
     raw, logits = _logits(hidden, parts, i, vocab, softcap)
     hit = _is_target(targets, parts, i).astype(jnp.float32)
     error = up * (hit - jnp.exp(logits - logsumexp[..., None]))
     if softcap is not None:
       error *= 1 - jnp.tanh(raw / softcap) ** 2
     error = error.astype(hidden.dtype)
-    total += jnp.einsum(
+    to_hidden += jnp.einsum(
         "bsv,vd->bsd", error, parts[:, i], preferred_element_type=jnp.float32
     )
-    if not trains_head:
-      return total, None
-    return total, jnp.einsum(
-        "bsv,bsd->vd", error, hidden, preferred_element_type=jnp.float32
-    )
+    if trains_head:
+      to_head = to_head.at[:, i].set(
+          jnp.einsum(
+              "bsv,bsd->vd", error, hidden, preferred_element_type=jnp.float32
+          )
+      )
+    return (to_hidden, to_head), None
 
-  to_hidden, to_head = jax.lax.scan(
-      part,
+  start = (
       jnp.zeros(hidden.shape, jnp.float32),
-      jnp.arange(parts.shape[1], dtype=jnp.int32),
+      jnp.zeros(parts.shape if trains_head else (), jnp.float32),
+  )
+  (to_hidden, to_head), _ = jax.lax.scan(
+      part, start, jnp.arange(parts.shape[1], dtype=jnp.int32)
   )
   if trains_head:
-    to_head = jnp.swapaxes(to_head, 0, 1).reshape(-1, head.shape[1])[:vocab]
-    to_head = to_head.astype(head.dtype)
+    to_head = to_head.reshape(-1, head.shape[1])[:vocab].astype(head.dtype)
   else:
     to_head = jnp.zeros_like(head)
   return to_hidden.astype(hidden.dtype), to_head, None

@@ -1,17 +1,22 @@
 """From files to files: a model and preference pairs to a better model."""
 
+import contextlib
+import dataclasses
 import math
 import os
 import pathlib
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import models
 from selfdev_jax import progress
+from selfdev_jax import store
 from selfdev_jax.dpo import data as data_lib
 from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import step as step_lib
@@ -53,7 +58,6 @@ def run(
         "--adapter goes with --config.trains=lora; launch.convert adds an"
         " adapter to the weights"
     )
-  workdir = pathlib.Path(workdir)
   directory = convert.resolve(model)
   tokenizer = convert.load_tokenizer(directory)
   decoder = convert.read_config(directory)
@@ -69,19 +73,25 @@ def run(
         config.lora_rank,
         config.lora_targets,
     )
-  mesh = step_lib.make_mesh(config)
-  trained, history = train_lib.train(
-      config,
-      decoder,
-      convert.load(directory, models.shardings(decoder, mesh))[1],
-      start,
-      data,
-      jax.random.fold_in(key, 1),
-      workdir=workdir,
-      weights=convert.digest(directory),
-  )
-  if jax.process_index() == 0:
-    _write(config, decoder, directory, trained, workdir, export)
+  shardings = models.shardings(decoder, step_lib.make_mesh(config))
+  is_first = jax.process_index() == 0
+  with store.lock(workdir) if is_first else contextlib.nullcontext():
+    trained, history = train_lib.train(
+        config,
+        decoder,
+        convert.load(directory, shardings)[1],
+        start,
+        data,
+        jax.random.fold_in(key, 1),
+        workdir=workdir,
+        weights=convert.digest(directory),
+    )
+    if is_first:
+      workdir = pathlib.Path(workdir)
+      _write(config, decoder, directory, trained, workdir, export)
+    if jax.process_count() > 1:
+      # Or the others would be gone while the first still writes.
+      multihost_utils.sync_global_devices("written")
   return {"pairs": len(data.pairs), "steps": len(history), **history[-1]}
 
 
@@ -143,6 +153,22 @@ def _write(config, decoder, directory, trained, workdir, export):
     leaves = convert.apply_adapter(leaves, convert.Adapter(trained, scale))
   else:
     leaves = jax.tree.map(
-        lambda new, old: new.astype(old.dtype), trained, leaves
+        lambda new, old: _Rounded(new, np.dtype(old.dtype)), trained, leaves
     )
   convert.save(export, decoder, leaves, like=directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+  """A float32 leaf in another dtype; made when it is asked for."""
+
+  leaf: np.ndarray
+  dtype: np.dtype
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.leaf.shape
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    del copy
+    return self.leaf.astype(dtype or self.dtype)

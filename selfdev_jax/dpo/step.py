@@ -112,7 +112,7 @@ def optimizer(config: config_lib.Dpo) -> optax.GradientTransformation:
 
 
 def schedule(config: config_lib.Dpo) -> optax.Schedule:
-  """Linear warm-up from 0, cosine to 0, as transformers counts them."""
+  """Linear warm-up from 0, cosine to 0; the first step's rate is at 0."""
   return optax.warmup_cosine_decay_schedule(
       0.0,
       config.learning_rate,
@@ -160,6 +160,7 @@ def stepper(
     decoder: models.DecoderConfig,
     dtype: Any,
     mesh: Mesh,
+    span: int | None = None,
 ) -> Stepper:
   """Compiles nothing yet.
 
@@ -168,6 +169,7 @@ def stepper(
     decoder: the model's shape.
     dtype: that it computes in.
     mesh: see `make_mesh`.
+    span: see `logps.completion_statistics`.
   """
   is_lora = config.trains == "lora"
   model_shardings = models.shardings(decoder, mesh)
@@ -197,6 +199,7 @@ def stepper(
   statistics = functools.partial(
       logps_lib.completion_statistics,
       decoder,
+      span=span,
       remat=config.remat,
       sharding=by_row if mesh.size > 1 else None,
   )

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 import hashlib
+import json
 import math
 import os
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 import transformers
 
@@ -61,9 +64,10 @@ def train(
     weights: str,
     label: str = "DPO",
 ) -> tuple[models.Params, list[dict[str, float]]]:
-  """Trains an adapter, or every weight; equal arguments, equal bits.
+  """Trains an adapter, or every weight.
 
-  The reference is the model with the adapter that it starts from.
+  Equal arguments give equal bits where the device's sums have one order (not a
+  GPU's scatter-adds). Several processes call it with equal arguments.
 
   Args:
     config: what is trained, and how.
@@ -87,7 +91,10 @@ def train(
       the workdir belongs to another training.
   """
   mesh = step_lib.make_mesh(config)
-  stepper = step_lib.stepper(config, decoder, params["embed"].dtype, mesh)
+  dtype = params["embed"].dtype
+  if dtype == jnp.float16:
+    # Float16 has no small numbers, and DPO's gradients are small.
+    dtype = jnp.dtype(jnp.bfloat16)
   plan = batches.plan(
       data,
       key,
@@ -97,6 +104,7 @@ def train(
       per_row=batches.COMPLETIONS[config.layout],
       multiple=step_lib.rows_multiple(mesh),
   )
+  stepper = step_lib.stepper(config, decoder, dtype, mesh, plan.span)
   start = {
       "weights": weights,
       "adapter": "none" if adapter is None else _digest(adapter),
@@ -106,30 +114,59 @@ def train(
   for name in _FREE:
     del settings[f"dpo.{name}"]
   made_from = settings | start | {"key": str(jax.random.key_data(key))}
+  _agree(made_from, mesh)
   with workdir_lib.Workdir(workdir, made_from) as kept:
-    frozen = {} if adapter is None else params
-    frozen = step_lib.put(frozen, stepper.frozen_shardings)
+    frozen = {}
+    if adapter is not None:
+      frozen = jax.tree.map(lambda leaf: _as(leaf, dtype), params)
+      frozen = step_lib.put(frozen, stepper.frozen_shardings)
     trained = params if adapter is None else adapter
     trained = step_lib.put(trained, stepper.trained_shardings)
-    reference = kept.read_reference(start)
-    if reference is None:
-      reference = _reference(stepper, frozen, trained, plan, label)
-      kept.write_reference(start, reference)
-    state = stepper.init(trained)
-    del params, trained  # Where all weights are trained they are there twice.
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
         ),
-        state,
+        jax.eval_shape(stepper.init, trained),
+        stepper.state_shardings,
     )
-    state, done = kept.restore(abstract) or (state, 0)
+    # In each step, where the adapter is switched off for it.
+    reference = np.zeros(len(data.completions), np.float32)
+    if config.reference == "precomputed":
+      reference = kept.read_reference(start)
+      if reference is None:
+        reference = _reference(stepper, frozen, trained, plan, label)
+        kept.write_reference(start, reference)
+    # Where all weights are trained: one copy less beside the state.
+    if kept.has_checkpoint():
+      del params, trained
+      state, done = kept.restore(abstract)
+    else:
+      state, done = stepper.init(trained), 0
+      del params, trained
     history = kept.begin_metrics(done)
     state = _steps(
         config, stepper, frozen, state, plan, reference, kept, history, label
     )
     kept.finish()
     return step_lib.fetch(state.trained), history
+
+
+def _agree(made_from: dict[str, str], mesh: jax.sharding.Mesh):
+  """Refuses processes that were not started with the same arguments."""
+  if jax.process_count() == 1:
+    return
+  text = json.dumps([made_from, dict(mesh.shape)], sort_keys=True)
+  mine = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  if np.any(multihost_utils.process_allgather(mine) != mine):
+    raise errors.UserError(
+        "the processes were not started alike: config, model, pairs, adapter"
+        " and seed have to be the same for all of them"
+    )
+
+
+def _as(leaf, dtype):
+  """Float16 as bfloat16, other leaves as they are."""
+  return leaf.astype(dtype) if leaf.dtype == jnp.float16 else leaf
 
 
 def _digest(adapter: models.Params) -> str:
@@ -140,9 +177,10 @@ def _digest(adapter: models.Params) -> str:
 
 
 def _reference(stepper, frozen, trained, plan, label) -> np.ndarray:
-  """[completions] float32, each computed once."""
+  """[completions] float32, of those that a step sees; each computed once."""
   data = plan.data
-  filled = batches.fill(data, range(len(data.completions)), plan.per_row)
+  seen = np.unique(data.pairs[plan.order])
+  filled = batches.fill(data, seen, plan.per_row)
   filled.sort(key=lambda row: batches.tokens(data, row))
   lots = [
       filled[at : at + plan.rows] for at in range(0, len(filled), plan.rows)

@@ -9,8 +9,11 @@
 Processes of one training share it; the first writes all but the checkpoints.
 """
 
+import contextlib
 import json
+import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -25,6 +28,7 @@ from selfdev_jax import errors
 _RUN = "run.json"
 _REFERENCE = "reference.safetensors"
 _METRICS = "metrics.jsonl"
+_CHECKPOINTS = "checkpoints"
 
 
 class Workdir:
@@ -45,7 +49,7 @@ class Workdir:
     self._first = jax.process_index() == 0
     self._check()
     self._manager = ocp.CheckpointManager(
-        self._directory / "checkpoints",
+        self._directory / _CHECKPOINTS,
         options=ocp.CheckpointManagerOptions(max_to_keep=2),
     )
     self._writer = None
@@ -117,18 +121,22 @@ class Workdir:
 
   # Checkpoints.
 
-  def restore(self, abstract: Any) -> tuple[Any, int] | None:
+  def has_checkpoint(self) -> bool:
+    return self._manager.latest_step() is not None
+
+  def restore(self, abstract: Any) -> tuple[Any, int]:
     """The last whole state, on the devices that `abstract` names.
 
     Args:
       abstract: pytree of `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
-      (state, how many steps it has seen), or None where there is none.
+      (state, how many steps it has seen).
+
+    Raises:
+      UserError: if it is damaged.
     """
     step = self._manager.latest_step()
-    if step is None:
-      return None
     try:
       restored = self._manager.restore(
           step, args=ocp.args.StandardRestore(abstract)
@@ -145,19 +153,32 @@ class Workdir:
     """Begins to write a state in the background.
 
     Raises:
-      Exception: what the last save failed with.
+      UserError: if this save or the last could not be written.
     """
-    self._manager.check_for_errors()
-    self._manager.save(step, args=ocp.args.StandardSave(state))
+    with self._writing():
+      self._manager.check_for_errors()
+      self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def finish(self):
     """Waits until all is written.
 
     Raises:
-      Exception: what a save failed with.
+      UserError: if a save could not be.
     """
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    with self._writing():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  @contextlib.contextmanager
+  def _writing(self):
+    try:
+      yield
+    except Exception as error:  # Orbax's, tensorstore's, the file system's.
+      reason = " ".join(str(error.__cause__ or error).split())[:300]
+      raise errors.UserError(
+          f"a checkpoint in {self._directory} cannot be written ({reason});"
+          " once there is room, the same command resumes"
+      ) from error
 
   # Metrics.
 
@@ -171,8 +192,12 @@ class Workdir:
     try:
       if path.is_file():
         lines = path.read_bytes().splitlines()[:steps]
-      history = [_without_step(json.loads(line)) for line in lines]
-    except (AttributeError, ValueError) as error:
+      for step, line in enumerate(lines, 1):
+        metrics = json.loads(line)
+        if metrics.pop("step") != step:
+          raise ValueError(f"line {step} is of another step")
+        history.append(metrics)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise errors.UserError(
           f"{path} is damaged ({error}); name another --workdir"
       ) from None
@@ -197,6 +222,8 @@ class Workdir:
       return
     with open(self._directory / _METRICS, "a", encoding="utf-8") as file:
       file.write(json.dumps({"step": step, **metrics}) + "\n")
+      file.flush()
+      os.fsync(file.fileno())  # No checkpoint without its metrics.
     self._show(step, metrics)
 
   def _show(self, step: int, metrics: dict[str, float]):
@@ -211,11 +238,16 @@ class Workdir:
     return path
 
 
-def _without_step(line: dict[str, float]) -> dict[str, float]:
-  return {name: value for name, value in line.items() if name != "step"}
-
-
 def _write_whole(path: pathlib.Path, text: str):
   partial = path.with_name(path.name + ".partial")
   partial.write_text(text, encoding="utf-8")
   partial.replace(path)
+
+
+def discard_checkpoints(directory: pathlib.Path):
+  """Removes them, so that a kill in the middle leaves none rather than half."""
+  doomed = directory / "discarded"
+  shutil.rmtree(doomed, ignore_errors=True)
+  with contextlib.suppress(FileNotFoundError):
+    (directory / _CHECKPOINTS).rename(doomed)
+  shutil.rmtree(doomed, ignore_errors=True)

@@ -47,7 +47,10 @@ def kernel(
     return "splash" if head_dim % 64 == 0 else "xla"
   if device.platform != "gpu" or softcap is not None:
     return "xla"
-  generation = float(device.compute_capability)  # 8: Ampere; 9: Hopper.
+  try:
+    generation = float(device.compute_capability)  # 8: Ampere; 9: Hopper.
+  except ValueError:  # AMD's are names.
+    return "xla"
   widest = 256 if generation >= 9 else 128
   narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
   fits = head_dim % 8 == 0 and head_dim <= widest

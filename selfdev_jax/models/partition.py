@@ -70,9 +70,11 @@ def _place(config, mesh, name, axes, shape):
   def fits(axis, size):
     if axis not in mesh.shape or size % mesh.shape[axis]:
       return False
+    if axis != TENSOR or name not in _OF_HEADS:
+      return True
     # A part of a head would be gathered again to be attended with.
-    is_cut = axis == TENSOR and name in _OF_HEADS
-    return not is_cut or config.heads % mesh.shape[axis] == 0
+    heads = config.kv_heads if name[0] in "kv" else config.heads
+    return heads % mesh.shape[axis] == 0
 
   sizes = shape[len(shape) - len(axes) :]
   spec = [

@@ -412,7 +412,7 @@ def test_describe_names_the_input_rows():
   for pair, found in zip(plan.order[3].flat, described, strict=True):
     chosen, rejected = _DATA.pairs[pair]
     assert found == {
-        "row": 3 * pair,
+        "row": 3 * pair + 1,
         "prompt_ids": list(_DATA.prompts[_DATA.prompt_of[chosen]]),
         "chosen_ids": list(_DATA.completions[chosen]),
         "rejected_ids": list(_DATA.completions[rejected]),

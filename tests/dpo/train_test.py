@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite(params, start, tmp_path):
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert len(rows) == _CONFIG.batch_size
   for row in rows:
-    i = row["row"] - 10  # `source` counts the rows of the input.
+    i = row["row"] - 11  # `source` counts the input's rows, from 0.
     assert row["prompt_ids"] == [1, 2, 3, 4]
     assert row["chosen_ids"] == [_CHOSEN] * (i + 1) + [_EOS]
     assert row["rejected_ids"] == [_REJECTED] * (i + 1) + [_EOS]
@@ -347,6 +347,33 @@ def test_the_reference_is_computed_once(params, start, tmp_path, monkeypatch):
   path.unlink()
   _train(tmp_path, params, start)
   assert len(computed) == 2
+
+
+@pytest.mark.slow
+def test_no_reference_where_the_adapter_is_switched_off(
+    params, start, tmp_path
+):
+  moved = jax.tree.map(lambda x: x + 0.1, start)
+  _, history = _train(tmp_path, params, moved, steps=1, reference="adapter_off")
+  # The adapter that it starts from is not part of the reference.
+  assert abs(history[0]["rewards/chosen"]) > 1e-3
+  assert not (tmp_path / "reference.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_float16_is_trained_in_bfloat16(params, start, tmp_path):
+  # Numbers that both hold.
+  narrow = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16).astype(np.float16), params
+  )
+  wide = jax.tree.map(lambda x: x.astype(jnp.bfloat16), narrow)
+  # JAX cannot lower its own attention's bfloat16 gradient under "strict".
+  with jax.numpy_dtype_promotion("standard"):
+    one, other = (
+        _train(tmp_path / name, tree, start, steps=2)
+        for name, tree in (("f16", narrow), ("bf16", wide))
+    )
+  _bits_equal(one[0], other[0])
 
 
 @pytest.mark.slow

@@ -163,12 +163,13 @@ def _state(value):
 
 def test_the_last_two_states_are_kept(kept, path):
   abstract = _abstract(_state(0))
-  assert kept.restore(abstract) is None
+  assert not kept.has_checkpoint()
   for step in (2, 4, 6):
     kept.save(step, _state(step))
   kept.finish()
   assert {p.name for p in (path / "checkpoints").iterdir()} == {"4", "6"}
   with _open(path) as again:
+    assert again.has_checkpoint()
     state, step = again.restore(abstract)
     assert step == 6
     jax.tree.map(np.testing.assert_array_equal, state, _state(6))
@@ -314,6 +315,24 @@ def test_fewer_lines_than_the_checkpoint_has_steps(kept, path):
   )
   (path / "metrics.jsonl").unlink()
   _assert_refused(lambda: kept.begin_metrics(3), "has 0 steps, the checkpoint")
+
+
+def test_lines_of_two_trainings(kept, path):
+  kept.begin_metrics(0)
+  for step in (1, 1, 2, 2):
+    _log(kept, step, step)
+  _assert_refused(lambda: kept.begin_metrics(3), "line 2 is of another step")
+
+
+def test_checkpoints_are_discarded_whole(kept, path):
+  kept.save(1, _state(1))
+  kept.finish()
+  # What a kill in the middle of it left.
+  (path / "discarded" / "0").mkdir(parents=True)
+  workdir_lib.discard_checkpoints(path)
+  workdir_lib.discard_checkpoints(path)
+  assert not (path / "discarded").exists()
+  assert not (path / "checkpoints").exists()
 
 
 def test_a_damaged_line(kept, path):

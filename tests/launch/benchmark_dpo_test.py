@@ -4,7 +4,9 @@ import importlib.util
 import json
 import os
 import pathlib
+import runpy
 
+from absl import flags as absl_flags
 import numpy as np
 import pytest
 
@@ -72,6 +74,23 @@ def _check(comparison):
   for row in comparison["parity"].values():
     assert row["start"]["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert abs(row["moved"]["loss"] - np.log(2)) > 1e-3
+
+
+@pytest.fixture
+def script():
+  """What the script defines; its flags are taken back."""
+  before = set(absl_flags.FLAGS)
+  yield runpy.run_path(str(SCRIPT), run_name="launched")
+  for name in set(absl_flags.FLAGS) - before:
+    delattr(absl_flags.FLAGS, name)
+
+
+def test_gradients_that_are_not_finite_are_no_parity(script):
+  theirs = {"a": np.ones(3), "b": np.zeros(2)}
+  difference = script["_largest_difference"]
+  assert difference({"a": np.full(3, 1.5), "b": np.zeros(2)}, theirs) == 0.5
+  with pytest.raises(ValueError, match="of b is not finite"):
+    difference({"a": np.ones(3), "b": np.array([np.nan, 0])}, theirs)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import transformers
 from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import models
+from selfdev_jax import store
 
 _ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = _ROOT / "launch" / "train_dpo.py"
@@ -292,6 +293,33 @@ def test_two_processes_killed_and_started_again(begin, launched, tmp_path):
 # Nonsense.
 
 
+@pytest.mark.slow
+def test_two_processes_that_differ(begin, tmp_path):
+  port = _free_port()
+  both = [
+      begin(
+          f"--config.beta={0.1 + process}",
+          workdir=tmp_path / "w",
+          coordinator=f"127.0.0.1:{port}",
+          processes=2,
+          process=process,
+      )
+      for process in range(2)
+  ]
+  for process in both:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "the processes were not started alike" in err
+
+
+@pytest.mark.slow
+def test_a_workdir_in_use(begin, tmp_path):
+  workdir = tmp_path / "w"
+  with store.lock(workdir):
+    process = begin(workdir=workdir)
+    _assert_one_line(process, f"is in use by process {os.getpid()}")
+
+
 def _assert_one_line(process, message):
   out, err = process.communicate(timeout=120)
   assert process.returncode == 2, err
@@ -424,6 +452,10 @@ def test_what_could_not_be_taken_is_counted(launched, tmp_path):
         (
             dict(coordinator="h:1", processes=1, process=1),
             "below --processes=1",
+        ),
+        (
+            dict(coordinator="here", processes=2, process=1),
+            "--coordinator=here is not like HOST:PORT",
         ),
         (dict(export="."), "--export=. exists; name a new directory"),
     ],
