@@ -105,15 +105,14 @@ def train(
       multiple=step_lib.rows_multiple(mesh),
   )
   stepper = step_lib.stepper(config, decoder, dtype, mesh, plan.span)
-  start = {
+  settings = config_lib.to_dict(config).items()
+  made_from = {f"dpo.{k}": str(v) for k, v in settings if k not in _FREE}
+  made_from |= {
       "weights": weights,
       "adapter": "none" if adapter is None else _digest(adapter),
       "data": data.digest(),
+      "key": str(jax.random.key_data(key)),
   }
-  settings = {f"dpo.{k}": str(v) for k, v in config_lib.to_dict(config).items()}
-  for name in _FREE:
-    del settings[f"dpo.{name}"]
-  made_from = settings | start | {"key": str(jax.random.key_data(key))}
   _agree(made_from, mesh)
   with workdir_lib.Workdir(workdir, made_from) as kept:
     frozen = {}
@@ -132,10 +131,10 @@ def train(
     # In each step, where the adapter is switched off for it.
     reference = np.zeros(len(data.completions), np.float32)
     if config.reference == "precomputed":
-      reference = kept.read_reference(start)
+      reference = kept.read_reference(made_from)
       if reference is None:
         reference = _reference(stepper, frozen, trained, plan, label)
-        kept.write_reference(start, reference)
+        kept.write_reference(made_from, reference)
     # Where all weights are trained: one copy less beside the state.
     if kept.has_checkpoint():
       del params, trained

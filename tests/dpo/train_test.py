@@ -230,7 +230,9 @@ def test_chosen_rises_over_rejected_with_one_compilation(
   # The next iteration's round starts from the adapter of this one.
   _train(tmp_path / "two", params, adapter, _data(swapped=True), seed=1)
   mesh = step_lib.make_mesh(_CONFIG)
-  stepper = step_lib.stepper(_CONFIG, _DECODER, params["embed"].dtype, mesh)
+  # The longest prompt with one completion has 11 tokens; 32 is the least.
+  stepper = step_lib.stepper(_CONFIG, _DECODER, params["embed"].dtype, mesh, 32)
+  assert step_lib.stepper.cache_info().currsize == 1
   assert stepper.step._cache_size() == 1
   assert stepper.reference._cache_size() == 1
 
