@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -22,6 +23,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Half the time to compile, twice the time to run: right for small shapes.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# A job that a script starts in the background ignores SIGINT, and so would all
+# that Python sees of Ctrl-C here and in what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _WITHOUT_VLLM = pytest.StashKey[int]()
 
