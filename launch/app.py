@@ -28,15 +28,21 @@ _INTERRUPTED = "interrupted; nothing is lost, run the same command again"
 _DISK_FULL = "database or disk is full"
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+def run(
+    main: Callable[[Sequence[str]], Any], takes_files: bool = False
+) -> NoReturn:
   """Like absl's `app.run`, with one line for what a user can mend.
+
+  Args:
+    main: gets the command line, flags left out.
+    takes_files: whether arguments without dashes are among it.
 
   Exit status: 0; 1 for a bug, with its traceback; 2 for a UserError or a full
   disk; 130 for Ctrl-C.
   """
 
   def guarded(argv):
-    if len(argv) > 1:
+    if len(argv) > 1 and not takes_files:
       _fail(f"unexpected argument {argv[1]!r}; flags start with --")
     try:
       return main(argv)

@@ -48,6 +48,11 @@ _CALIBRATION = flags.DEFINE_string(
     None,
     "Texts for fisher and regmean: .txt, one a line, or .jsonl.",
 )
+_ALLOW_WEAK = flags.DEFINE_bool(
+    "allow_weak_sandbox",
+    False,
+    "Run a program also where neither seccomp nor bubblewrap is to be had.",
+)
 flags.mark_flag_as_required("out")
 
 
@@ -106,7 +111,9 @@ def _merge_program(out: pathlib.Path):
     ) from None
   shapes = stream.program_shapes(_BASE.value, _SCOPE.value)
   limits = config_lib.Sandbox()
-  with sandbox.Sandbox(limits, shapes, len(_EXPERTS.value)) as box:
+  with sandbox.Sandbox(
+      limits, shapes, len(_EXPERTS.value), _ALLOW_WEAK.value
+  ) as box:
     verdict = box.admit(source)
   if isinstance(verdict, sandbox.Rejection):
     raise errors.UserError(

@@ -41,13 +41,24 @@ _RECORDING = flags.DEFINE_string(
     "File that keeps every text that is sampled; --config.sampler=replay reads"
     " it instead of sampling.",
 )
+_ALLOW_WEAK = flags.DEFINE_bool(
+    "allow_weak_sandbox",
+    False,
+    "Run generated programs also where neither seccomp nor bubblewrap is to be"
+    " had; the archive records it.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_):
   config = app.load_config(_CONFIG)
   loop.check(config)
-  host = loop.Host(_VLLM_PYTHON.value, _VLLM_ADDRESS.value, _RECORDING.value)
+  host = loop.Host(
+      _VLLM_PYTHON.value,
+      _VLLM_ADDRESS.value,
+      _RECORDING.value,
+      _ALLOW_WEAK.value,
+  )
   loop.run(config, _WORKDIR.value, world.prepare(config), host)
   with store.Store.read(_WORKDIR.value) as archive:
     summary = report.summarize(archive)

@@ -78,6 +78,7 @@ class Vllm:
 @dataclasses.dataclass(frozen=True)
 class Merge:
   scope: str = _one_of("mlp", "all")  # The paper merges the MLP weights.
+  timeout_s: float = _between(900.0, 0.1)  # Of one merge and its compilation.
 
 
 @dataclasses.dataclass(frozen=True)

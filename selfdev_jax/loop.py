@@ -34,7 +34,6 @@ from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import evaluation
-from selfdev_jax import merging
 from selfdev_jax import models
 from selfdev_jax import preferences
 from selfdev_jax import programs
@@ -46,6 +45,7 @@ from selfdev_jax import store as store_lib
 from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import train as train_lib
 from selfdev_jax.dpo import workdir as workdir_lib
+from selfdev_jax.sandbox import runner
 
 # What the sweeps search: factors of a task vector, evenly on a log scale (the
 # best ones differ by an order of magnitude between worlds), densities of TIES.
@@ -65,8 +65,7 @@ class Models:
 
   decoder: models.DecoderConfig
   seed: models.Params
-  experts: Mapping[str, models.Params]
-  merger: merging.Merger
+  merges: runner.Merging
   tokenizer: transformers.PreTrainedTokenizerBase
   directory: pathlib.Path  # The seed model's.
 
@@ -79,11 +78,14 @@ class Host:
     vllm_python: the interpreter that has vLLM; None: `.venv-vllm`, or this.
     vllm_address: of a vLLM server that is there; None: the run starts one.
     recording: file that keeps what the sampler says, or that `replay` reads.
+    allow_weak_sandbox: run generated programs also where neither seccomp nor
+      bubblewrap is to be had; the archive records it.
   """
 
   vllm_python: str | None = None
   vllm_address: str | None = None
   recording: str | None = None
+  allow_weak_sandbox: bool = False
 
 
 def run(
@@ -110,26 +112,28 @@ def run(
       name: convert.resolve((directories or {}).get(name, name))
       for name in (config.seed_model, *config.experts)
   }
-  with store_lib.lock(workdir):
-    loaded = _load(config, paths)
+  with store_lib.lock(workdir), contextlib.ExitStack() as stack:
+    loaded = _load(config, paths, stack)
+    box = stack.enter_context(_sandbox(config, loaded, host))
     longest = _check_lengths(config, loaded)
     identity = {
         f"model {name}": convert.digest(path) for name, path in paths.items()
     }
     prompt = programs.load_prompt(config.propose.prompt)
     identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
-    with store_lib.Store.create(
-        workdir, config, identity, _provenance()
-    ) as archive:
-      if archive.is_done(records.LOOP, 0, _LAST_STAGE):
-        return
-      with (
-          _sandbox(config, loaded) as box,
-          contextlib.closing(
-              _sampler(config, loaded, longest, host, archive)
-          ) as sampler,
-      ):
-        _Run(config, archive, loaded, box, sampler).run()
+    provenance = _provenance() | {
+        "sandbox": box.layers(),
+        "allow_weak_sandbox": host.allow_weak_sandbox,
+    }
+    archive = stack.enter_context(
+        store_lib.Store.create(workdir, config, identity, provenance)
+    )
+    if archive.is_done(records.LOOP, 0, _LAST_STAGE):
+      return
+    sampler = stack.enter_context(
+        contextlib.closing(_sampler(config, loaded, longest, host, archive))
+    )
+    _Run(config, archive, loaded, box, sampler).run()
 
 
 def check(config: config_lib.Config):
@@ -263,19 +267,23 @@ def _check_for_vllm(loaded: Models):
     )
 
 
-def _load(config, paths) -> Models:
+def _load(config, paths, stack: contextlib.ExitStack) -> Models:
+  """Reads the models; what has to be closed again goes on `stack`."""
   seed_path = paths[config.seed_model]
   decoder, seed = convert.load(seed_path)
-  experts = {}
-  for name in config.experts:
-    theirs, experts[name] = convert.load(paths[name])
-    for difference in _differences(decoder, theirs):
+  experts = {name: paths[name] for name in config.experts}
+  for name, path in experts.items():
+    for difference in _differences(decoder, convert.read_config(path)):
       progress.note(f"expert {name} {difference}")
-  merger = merging.Merger(seed, experts, scope=config.merge.scope)
-  for note in merger.notes:
+  merges = stack.enter_context(
+      runner.Runner(
+          seed, seed_path, experts, config.merge.scope, config.merge.timeout_s
+      )
+  )
+  for note in merges.notes:
     progress.note(note)
   tokenizer = convert.load_tokenizer(seed_path)
-  return Models(decoder, seed, experts, merger, tokenizer, seed_path)
+  return Models(decoder, seed, merges, tokenizer, seed_path)
 
 
 def _differences(
@@ -292,9 +300,13 @@ def _differences(
   ]
 
 
-def _sandbox(config, loaded) -> sandbox.Sandbox:
-  shapes = loaded.merger.shapes
-  return sandbox.Sandbox(config.sandbox, shapes, len(loaded.experts))
+def _sandbox(config, loaded, host) -> sandbox.Sandbox:
+  return sandbox.Sandbox(
+      config.sandbox,
+      loaded.merges.shapes,
+      len(config.experts),
+      host.allow_weak_sandbox,
+  )
 
 
 def _git_revision() -> str:
@@ -326,19 +338,6 @@ def _provenance() -> dict[str, Any]:
       "cpus": os.cpu_count(),
       "machine": platform.machine(),
   }
-
-
-def _with_rows_of(seed: models.Params, expert: models.Params) -> models.Params:
-  """The expert with as many rows of vocabulary as the seed model.
-
-  Those that it lacks are the seed model's, as in a merge.
-  """
-  fitted = {
-      name: jnp.concatenate([leaf, seed[name][len(leaf) :]])[: len(seed[name])]
-      for name, leaf in expert.items()
-      if name in ("embed", "head") and len(leaf) != len(seed[name])
-  }
-  return {**expert, **fitted}
 
 
 def _program(digest: str) -> str:
@@ -376,7 +375,6 @@ class _Run:
     self._archive = archive
     self._models = loaded
     self._box = box
-    self._merged: models.Params | None = None  # The last merge's result.
     self._prompt = programs.load_prompt(config.propose.prompt)
     self._task = evaluation.get(config.evaluate.task)
     self._sampler = sampler
@@ -477,39 +475,50 @@ class _Run:
             f"{_where(arm, t)}admitting", len(waiting), "program"
         ) as bar,
     ):
-      for completion in waiting:
-        self._archive.add_verdict(*self._verdict(completion))
+      extracted = [self._extract(completion) for completion in waiting]
+      sources = [x for x in extracted if isinstance(x, str)]
+      answers = self._box.admit_all(sources)
+      for completion, source in zip(waiting, extracted, strict=True):
+        is_source = isinstance(source, str)
+        self._keep(completion, source, next(answers) if is_source else source)
         bar.update()
 
-  def _verdict(self, completion: records.Completion):
-    """(verdict, program IR, statistics) of one completion."""
-    about = (completion.arm, completion.iteration, completion.item)
+  def _extract(self, completion: records.Completion) -> str | sandbox.Rejection:
+    """The program in a completion, or why there is none."""
     try:
-      source = programs.extract(self._prompt, completion.text)
+      return programs.extract(self._prompt, completion.text)
     except programs.ExtractionError as error:
-      verdict = records.Verdict(
-          *about, completion.text, None, "extract", error.code, error.message
-      )
-      return verdict, "", {}
-    answer = self._box.admit(source)
+      return sandbox.Rejection("extract", error.code, error.message)
+
+  def _keep(self, completion, source, answer):
+    """Archives the verdict on one completion."""
+    about = (completion.arm, completion.iteration, completion.item)
     if isinstance(answer, sandbox.Rejection):
-      verdict = records.Verdict(
-          *about, source, None, answer.stage, answer.code, answer.message
+      text = source if isinstance(source, str) else completion.text
+      self._archive.add_verdict(
+          records.Verdict(
+              *about, text, None, answer.stage, answer.code, answer.message
+          )
       )
-      return verdict, "", {}
-    verdict = records.Verdict(*about, source, answer.digest)
-    return verdict, answer.program, answer.stats
+      return
+    self._archive.add_verdict(
+        records.Verdict(*about, source, answer.digest),
+        answer.program,
+        answer.stats,
+        answer.fingerprint,
+    )
 
   def _new_programs(self, arm: str, t: int) -> list[str]:
-    """Digests first admitted in iteration `t` of an arm, in order of items.
+    """Digests of functions first admitted in iteration `t` of an arm.
 
-    The first iteration of both arms is the same: one factory, the same keys.
+    In order of items. The first iteration of both arms is the same: one
+    factory, the same keys.
     """
-    earlier = set()
-    for before in range(1, t):
-      earlier |= {v.digest for v in self._verdicts(arm, before) if v.admitted}
-    found = [v.digest for v in self._verdicts(arm, t) if v.admitted]
-    return [d for d in dict.fromkeys(found) if d not in earlier]
+    rounds = [
+        [v.digest for v in self._verdicts(arm, before) if v.admitted]
+        for before in range(1, t + 1)
+    ]
+    return sandbox.new_by_round(rounds, self._archive.fingerprints())[-1]
 
   def _verdicts(self, arm: str, t: int) -> list[records.Verdict]:
     return self._archive.verdicts(records.LOOP if t == 1 else arm, t)
@@ -518,6 +527,8 @@ class _Run:
     """Scores programs on the development set; known ones are not run again."""
     names = list(map(_program, digests))
     self._score_all(arm, t, "evaluate", records.DEV, names)
+    admitted = [v.digest for v in self._verdicts(arm, t) if v.admitted]
+    self._reuse(list(map(_program, dict.fromkeys(admitted))), records.DEV)
 
   # Scores.
 
@@ -532,6 +543,7 @@ class _Run:
       self, arm: str, t: int, stage: str, split: str, names: Sequence[str]
   ):
     """Scores the named merges that have no score on that split yet."""
+    self._reuse(names, split)
     known = self._archive.scores(split)
     missing = [name for name in names if name not in known]
     if not missing:
@@ -545,47 +557,59 @@ class _Run:
         self._score(name, split)
         bar.update()
 
-  def _merge(self, name: str) -> tuple[models.Params, bool]:
-    """(merged parameters, whether there are any and all are finite)."""
-    family, _, settings = name.partition(":")
-    if family == "seed":
-      return self._models.seed, True
-    if family == "expert":
-      return (
-          _with_rows_of(self._models.seed, self._models.experts[settings]),
-          True,
-      )
-    # What the sampler last held is overwritten: it gets the next one.
-    into, self._merged = self._merged, None
-    merger = self._models.merger
-    if name.startswith(records.PROGRAM):
-      try:
-        self._merged, is_finite = merger.run(
-            sandbox.kernels(self._archive.program(settings)), into
+  def _reuse(self, names: Sequence[str], split: str):
+    """Gives programs the scores of those that do the same, where there are."""
+    known = self._archive.scores(split)
+    scored = [
+        model
+        for model, score in known.items()
+        if model.startswith(records.PROGRAM) and not score.reused
+    ]
+    new = [n for n in names if n.startswith(records.PROGRAM) and n not in known]
+    if not scored or not new:
+      return
+    prints = self._archive.fingerprints()
+    both = [*scored, *new]
+    first = sandbox.first_alike(
+        [prints[name.removeprefix(records.PROGRAM)] for name in both]
+    )
+    for name, i in zip(new, first[len(scored) :], strict=True):
+      if i < len(scored):
+        score = known[scored[i]]
+        self._archive.add_score(
+            dataclasses.replace(
+                score, model=name, merge_s=0.0, evaluate_s=0.0, reused=scored[i]
+            )
         )
-      except Exception:
-        # What passed the verifier can still be more than XLA compiles or this
-        # device holds, and would be again on every resume: a verdict.
-        return {}, False
-      return self._merged, is_finite
+
+  def _merge(self, name: str) -> runner.Merged:
+    """The model behind a name."""
+    family, _, settings = name.partition(":")
+    merges = self._models.merges
+    if family == "seed":
+      return runner.Merged(self._models.seed)
+    if family == "expert":
+      return merges.expert(settings)
+    if name.startswith(records.PROGRAM):
+      return merges.program(self._archive.program(settings))
     method, parameters = _sweep_settings(family, settings)
-    self._merged = merger.merge(method, into=into, **parameters)
-    return self._merged, True
+    return merges.method(method, **parameters)
 
   def _score(self, name: str, split: str):
     start = time.monotonic()
-    params, is_finite = self._merge(name)
+    params, failure = self._merge(name)
     merged = time.monotonic()
-    responses = self._respond(name, params, split) if is_finite else []
+    responses = [] if failure else self._respond(name, params, split)
     self._archive.add_score(
         records.Score(
             model=name,
             split=split,
             n=len(self._items(split)),
-            correct=sum(r.correct for r in responses) if is_finite else None,
+            correct=None if failure else sum(r.correct for r in responses),
             merge_s=merged - start,
             evaluate_s=time.monotonic() - merged,
             engine=self._sampler.engine,
+            failure=failure,
         ),
         responses,
     )
@@ -724,11 +748,11 @@ class _Run:
       self._score_all(arm, 0, family, dev, names)
 
   def _single_models(self) -> list[str]:
-    return ["seed", *(f"expert:{name}" for name in self._models.experts)]
+    return ["seed", *(f"expert:{name}" for name in self._config.experts)]
 
   def _sweep(self, family: str, budget: int) -> list[str]:
     """Names of `budget` settings of a baseline, the same in every session."""
-    experts = len(self._models.experts)
+    experts = len(self._config.experts)
     if family == "task_arithmetic":
       scales = np.geomspace(*_SCALES, budget).round(5)
       return [f"task_arithmetic:scale={s}" for s in scales]
@@ -768,7 +792,7 @@ class _Run:
     dev = self._archive.scores(records.DEV)
     programs = map(_program, self._evaluated(records.LOOP))
     for name in _best(dev, programs, 1):
-      params, _ = self._merge(name)
+      params = self._merge(name).params
       convert.save(
           self._archive.workdir / "best",
           self._models.decoder,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 LOOP = "loop"  # The arm whose factory is refined by DPO.
 CONTROL = "control"  # The same loop without DPO.
@@ -94,8 +94,10 @@ class Score:
   """Accuracy of one merged model on one split.
 
   `model` is `program:DIGEST`, or a baseline such as `ties:density=0.5,...`,
-  `seed`, `expert:NAME`. `correct` is None where the merge failed or gave
-  non-finite weights and nothing was evaluated.
+  `seed`, `expert:NAME`. `correct` is None where there is no merged model to
+  evaluate; `failure` says why: "non_finite", "memory", "timeout", "crash" or
+  "exception". `reused` names the model whose score this is: a program with
+  another digest and the same fingerprint, which was not evaluated again.
   """
 
   model: str
@@ -105,6 +107,8 @@ class Score:
   merge_s: float = 0.0
   evaluate_s: float = 0.0
   engine: str = ""  # As in `Completion`.
+  failure: str = ""
+  reused: str = ""
 
   @property
   def accuracy(self) -> float | None:

@@ -1,4 +1,4 @@
--- Schema version 2. One row per record of selfdev_jax/records.py.
+-- Schema version 3. One row per record of selfdev_jax/records.py.
 CREATE TABLE meta (
   key TEXT PRIMARY KEY,
   value TEXT NOT NULL                -- JSON
@@ -15,7 +15,8 @@ CREATE TABLE completions (
 CREATE TABLE programs (              -- What the verifier let through.
   digest TEXT PRIMARY KEY,
   program TEXT NOT NULL,             -- JSON program IR
-  stats TEXT NOT NULL                -- JSON
+  stats TEXT NOT NULL,               -- JSON
+  fingerprint TEXT NOT NULL          -- JSON list
 );
 CREATE TABLE verdicts (
   arm TEXT NOT NULL,
@@ -34,10 +35,12 @@ CREATE TABLE scores (
   model TEXT NOT NULL,
   split TEXT NOT NULL CHECK (split IN ('dev', 'test')),
   n INTEGER NOT NULL,
-  correct INTEGER,                   -- NULL: the merge failed or was not finite
+  correct INTEGER,                   -- NULL: there is no merged model
   merge_s REAL NOT NULL,
   evaluate_s REAL NOT NULL,
   engine TEXT NOT NULL,
+  failure TEXT NOT NULL,             -- Why not, else empty
+  reused TEXT NOT NULL,              -- Model whose score this is, else empty
   PRIMARY KEY (model, split)
 );
 CREATE TABLE questions (             -- Shared by all models' responses.

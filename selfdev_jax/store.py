@@ -283,13 +283,19 @@ class Store:
       verdict: records.Verdict,
       program: str = "",
       stats: Mapping[str, Any] | None = None,
+      fingerprint: Sequence[float] = (),
   ):
     """Keeps a verdict and, for an admitted program, its IR (JSON)."""
     with self._transaction():
       if verdict.admitted:
         self._db.execute(
-            "INSERT OR IGNORE INTO programs VALUES (?, ?, ?)",
-            (verdict.digest, program, _dumps(stats or {})),
+            "INSERT OR IGNORE INTO programs VALUES (?, ?, ?, ?)",
+            (
+                verdict.digest,
+                program,
+                _dumps(stats or {}),
+                _dumps(list(fingerprint)),
+            ),
         )
       self._insert("verdicts", [dataclasses.astuple(verdict)])
 
@@ -320,6 +326,15 @@ class Store:
         "SELECT stats FROM programs WHERE digest = ?", (digest,)
     ).fetchone()
     return json.loads(text)
+
+  def fingerprints(self) -> dict[str, list[float]]:
+    """Of all admitted programs, by digest."""
+    return {
+        digest: json.loads(text)
+        for digest, text in self._db.execute(
+            "SELECT digest, fingerprint FROM programs"
+        )
+    }
 
   # Scores.
 

@@ -1,5 +1,6 @@
 """Single stages of the loop on a random model of a few hundred weights."""
 
+import contextlib
 import dataclasses
 import pathlib
 
@@ -19,6 +20,7 @@ from selfdev_jax import records
 from selfdev_jax import sampling
 from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
+from selfdev_jax.sandbox import runner
 
 _DECODER = models.DecoderConfig(
     vocab_size=300, embed=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp=12
@@ -47,14 +49,11 @@ class _Words:
 @pytest.fixture
 def run(tmp_path):
   seed, a, b = (models.init_params(_DECODER, i) for i in range(3))
-  experts = {"a": a, "b": b}
-  merger = merging.Merger(seed, experts, scope="mlp")
-  loaded = loop.Models(
-      _DECODER, seed, experts, merger, _Words(), pathlib.Path("seed")
-  )
+  merges = runner.Merges(seed, {"a": a, "b": b}, "mlp")
+  loaded = loop.Models(_DECODER, seed, merges, _Words(), pathlib.Path("seed"))
   with (
       store_lib.Store.create(tmp_path, _CONFIG, {}, {}) as archive,
-      sandbox.Sandbox(_CONFIG.sandbox, merger.shapes, 2) as box,
+      sandbox.Sandbox(_CONFIG.sandbox, merges.shapes, 2) as box,
   ):
     sampler = sampling.JaxSampler(_DECODER, _Words(), (1,))
     yield loop._Run(_CONFIG, archive, loaded, box, sampler)
@@ -132,8 +131,55 @@ def test_new_programs_are_new_to_their_arm(run):
   ]
 
 
+def test_a_program_that_does_the_same_is_not_scored_again(run, monkeypatch):
+  archive = run._archive
+  bodies = (
+      "  return base + 0.1 * sum(task_vectors)\n",
+      "  return base + 0.1 * jnp.stack(task_vectors).sum(0)\n",
+      "  return base + 0.2 * sum(task_vectors)\n",
+      "  return base + 0.2 * jnp.stack(task_vectors).sum(0)\n",
+  )
+  for arm, t, texts in (
+      (records.LOOP, 1, bodies[:2]),
+      (records.LOOP, 2, bodies[1:3]),
+      (records.CONTROL, 2, bodies[3:]),
+  ):
+    archive.add_completions(
+        [records.Completion(arm, t, i, x, True) for i, x in enumerate(texts)]
+    )
+    run._admit(arm, t)
+  digest = {
+      v.source.split("return ")[1].strip(): v.digest for v in archive.verdicts()
+  }
+  names = [digest[body.split("return ")[1].strip()] for body in bodies]
+  assert len(set(names)) == 4
+  # Not one hash is another's, and yet there are two functions.
+  assert run._new_programs(records.LOOP, 1) == names[:1]
+  assert run._new_programs(records.LOOP, 2) == names[2:3]
+  assert run._new_programs(records.CONTROL, 2) == names[3:]
+
+  scored = []
+
+  def score(name, split):
+    scored.append(name)
+    archive.add_score(records.Score(name, split, 300, 9, 1.0, 2.0, "jax"))
+
+  monkeypatch.setattr(run, "_score", score)
+  for arm, t in ((records.LOOP, 1), (records.LOOP, 2), (records.CONTROL, 2)):
+    run._evaluate(arm, t, run._new_programs(arm, t))
+  assert scored == [f"program:{names[0]}", f"program:{names[2]}"]
+  known = archive.scores(records.DEV)
+  assert known[f"program:{names[1]}"] == records.Score(
+      f"program:{names[1]}", "dev", 300, 9, 0.0, 0.0, "jax", "", scored[0]
+  )
+  # Of the other arm: it is new there, and costs nothing.
+  assert known[f"program:{names[3]}"].reused == scored[1]
+  run._evaluate(records.LOOP, 2, run._new_programs(records.LOOP, 2))
+  assert len(scored) == 2
+
+
 def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(run):
-  seed, a, b = run._models.seed, *run._models.experts.values()
+  seed, a, b = (models.init_params(_DECODER, i) for i in range(3))
   for family in records.SWEEPS:
     names = run._sweep(family, 30)
     assert names == run._sweep(family, 30) and len(set(names)) == 30
@@ -154,18 +200,18 @@ def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(run):
           ),
       ),
   ):
-    merged, finite = run._merge(name)
-    assert finite
+    merged, failure = run._merge(name)
+    assert not failure
     np.testing.assert_allclose(key(merged), key(seed) + expected, atol=1e-5)
 
 
 def test_the_seed_and_the_experts_are_merges_too(run):
   for name, expected in (
       ("seed", run._models.seed),
-      ("expert:b", run._models.experts["b"]),
+      ("expert:b", models.init_params(_DECODER, 2)),
   ):
-    merged, finite = run._merge(name)
-    assert finite
+    merged, failure = run._merge(name)
+    assert not failure
     for key in ("gate", "up", "down"):
       np.testing.assert_array_equal(
           merged["layers"]["mlp"][key], expected["layers"]["mlp"][key]
@@ -207,9 +253,9 @@ def test_a_program_whose_merge_fails_is_no_crash(run, monkeypatch):
   def fail(*_, **__):
     raise NotImplementedError("Unsupported dtype float16")
 
-  monkeypatch.setattr(sandbox, "kernels", lambda program: fail)
+  monkeypatch.setattr(runner, "kernels", lambda program: fail)
   monkeypatch.setattr(type(run._archive), "program", lambda *_: "")
-  assert run._merge("program:x") == ({}, False)
+  assert run._merge("program:x") == (None, "exception")
   monkeypatch.setattr(merging.Merger, "merge", fail)
   with pytest.raises(NotImplementedError):
     run._merge("ties:density=0.5,scale=1.0")
@@ -317,8 +363,8 @@ def test_vllm_serves_one_dtype(run):
 @pytest.mark.parametrize("rows", [298, 302])
 def test_an_expert_answers_with_the_seeds_rows(run, rows):
   other = models.init_params(dataclasses.replace(_DECODER, vocab_size=rows), 5)
-  run._models = dataclasses.replace(run._models, experts={"a": other})
-  params, _ = run._merge("expert:a")
+  merges = runner.Merges(run._models.seed, {"a": other}, "mlp")
+  params, _ = merges.expert("a")
   shared = min(rows, 300)
   for name in ("embed", "head"):
     assert params[name].shape == run._models.seed[name].shape
@@ -335,8 +381,11 @@ def test_an_expert_of_another_vocabulary_is_told(tmp_path, monkeypatch, capsys):
     convert.save(tmp_path / name, decoder, models.init_params(decoder, 0))
   monkeypatch.setattr(convert, "load_tokenizer", lambda directory: _Words())
   config = dataclasses.replace(_CONFIG, merge=config_lib.Merge(scope="all"))
-  loaded = loop._load(config, {n: tmp_path / n for n in ("seed", "a", "b")})
-  assert loaded.experts["a"]["embed"].shape == (298, 8)
+  with contextlib.ExitStack() as stack:
+    paths = {name: tmp_path / name for name in ("seed", "a", "b")}
+    loaded = loop._load(config, paths, stack)
+    expert, failure = loaded.merges.expert("a")
+  assert not failure and expert["embed"].shape == (300, 8)
   said = capsys.readouterr().err
   assert (
       "Note: expert a has 298 rows of vocabulary, the base 300: the first"
@@ -350,7 +399,9 @@ def test_an_expert_of_another_rope_is_told(tmp_path, monkeypatch, capsys):
   for name, decoder in (("seed", _DECODER), ("a", _DECODER), ("b", longer)):
     convert.save(tmp_path / name, decoder, models.init_params(decoder, 0))
   monkeypatch.setattr(convert, "load_tokenizer", lambda directory: _Words())
-  loop._load(_CONFIG, {n: tmp_path / n for n in ("seed", "a", "b")})
+  with contextlib.ExitStack() as stack:
+    paths = {name: tmp_path / name for name in ("seed", "a", "b")}
+    loop._load(_CONFIG, paths, stack)
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("Note: expert b has rope Rope(theta=1000000")
   assert "merged and run with the seed model's" in line

@@ -9,9 +9,15 @@ a list of arrays of the same shape, expert minus seed. It is traced, not run:
 its names are facades over jax.numpy, jax.lax, jax.nn and jax.random that leave
 out what reads, writes or calls back. The facades make honest programs work and
 give an early no; they are no wall, see selfdev_jax/sandbox.
+
+A program may also be written in PyTorch: then `base` and the task vectors are
+`torch_shim.Tensor`s, and so is what it returns. See `torch_shim`.
 """
 
+import ast
 import builtins
+from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import itertools
 import math
@@ -68,6 +74,8 @@ def modules() -> dict[str, types.SimpleNamespace]:
   import jax.numpy as jnp
   import jax.scipy.special
 
+  from selfdev_jax.programs import torch_shim
+
   table = {
       "math": _facade(math),
       "functools": _pick(functools, ("partial", "reduce")),
@@ -92,7 +100,7 @@ def modules() -> dict[str, types.SimpleNamespace]:
           for name in ("lax", "nn", "numpy", "random", "scipy")
       },
   )
-  return table
+  return table | torch_shim.module()
 
 
 def _pick(module, names, **submodules):
@@ -139,4 +147,52 @@ def namespace() -> dict[str, Any]:
       "jnp": table["jax.numpy"],
       "lax": table["jax.lax"],
       "math": table["math"],
+      "torch": table["torch"],
   }
+
+
+def is_torch_style(source: str) -> bool:
+  """Whether a program is written in PyTorch: it imports or names torch.
+
+  Args:
+    source: text of a program that `sandbox.filter` has let pass.
+
+  Returns:
+    What `apply` takes as `torch_style`.
+  """
+  return any(_names_torch(node) for node in ast.walk(ast.parse(source)))
+
+
+def _names_torch(node):
+  if isinstance(node, ast.Import):
+    names = [alias.name for alias in node.names]
+  elif isinstance(node, ast.ImportFrom):
+    names = [node.module or ""]
+  else:
+    return isinstance(node, ast.Name) and node.id == "torch"
+  return any(name.partition(".")[0] == "torch" for name in names)
+
+
+def apply(
+    merge: Callable[..., Any],
+    base: Any,
+    task_vectors: Sequence[Any],
+    torch_style: bool,
+) -> Any:
+  """Calls a program's entry.
+
+  Args:
+    merge: the function that the program defines.
+    base: float32 array or tracer.
+    task_vectors: arrays of base's shape and dtype.
+    torch_style: the program expects torch's tensors and returns one.
+
+  Returns:
+    What the program returned, the array of it where that was a tensor.
+  """
+  if not torch_style:
+    return merge(base, list(task_vectors))
+  from selfdev_jax.programs import torch_shim  # Needs jax: see `modules`.
+
+  tensors = [torch_shim.wrap(array) for array in (base, *task_vectors)]
+  return torch_shim.unwrap(merge(tensors[0], tensors[1:]))

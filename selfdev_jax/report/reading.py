@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from selfdev_jax import records
+from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
 
 
@@ -21,14 +22,14 @@ class Round:
     verdicts: in order of item.
     scores: on the development set, of the programs that were new to the arm
       and within the budget of evaluations, in order of item.
-    broken: digests whose merged model was not finite, of any arm.
+    broken: digest to why there is no merged model, of any arm.
   """
 
   iteration: int
   sampled: int
   verdicts: tuple[records.Verdict, ...]
   scores: tuple[records.Score, ...]
-  broken: frozenset[str]
+  broken: Mapping[str, str]
 
   @property
   def admitted(self) -> list[str]:
@@ -53,7 +54,7 @@ class Round:
         reasons.append((v.stage, v.code, v.message))
       elif v.digest in self.broken:
         reasons.append(
-            ("run", "non_finite", "the merge failed or is not finite")
+            ("run", self.broken[v.digest], "the merge failed on the weights")
         )
     return reasons
 
@@ -143,21 +144,23 @@ def best(scores: Iterable[records.Score]) -> records.Score | None:
 
 def _rounds(store, dev, keys):
   """Rounds of one arm, each without the programs of the ones before it."""
-  broken = frozenset(
-      digest_of(model)
+  broken = {
+      digest_of(model): score.failure or "non_finite"
       for model, score in dev.items()
       if model.startswith(records.PROGRAM) and score.correct is None
-  )
-  rounds, seen = [], set()
+  }
+  fingerprints = store.fingerprints()
+  rounds, seen = [], []
   for arm, iteration in keys:
     sampled = len(store.completions(arm, iteration))
     if not sampled:
       continue
     verdicts = store.verdicts(arm, iteration)
-    # A dict keeps the order of items and drops repetitions.
-    admitted = dict.fromkeys(v.digest for v in verdicts if v.admitted)
-    new = [records.PROGRAM + d for d in admitted if d not in seen]
-    seen |= admitted.keys()
+    seen.append([v.digest for v in verdicts if v.admitted])
+    new = [
+        records.PROGRAM + digest
+        for digest in sandbox.new_by_round(seen, fingerprints)[-1]
+    ]
     rounds.append(
         Round(
             iteration=iteration,

@@ -5,62 +5,66 @@
     if isinstance(verdict, Admitted):
       merge = build(verdict.program)  # A function of JAX arrays.
 
-A program is never executed in the calling process, nor parsed there. A child,
-forked for it alone from a warm process without secrets, weights or data, traces
-it on abstract shapes and sends program IR (see `ir`): JSON that names
-primitives. The caller's process verifies that (see `verify`) and rebuilds it.
+A program is never executed in the calling process, nor parsed there, and what
+comes of it is not either before it has been verified:
 
-What this stops, each line attacked in tests/sandbox/hostile_test.py:
-  - a program that never ends, recurses, prints without end or eats memory:
-    wall clock, RLIMIT_AS, a capped pipe (and RLIMIT_CPU behind them, which no
-    test reaches);
-  - processes that a program leaves behind: its session and its orphans are
-    killed by the zygote (not where the zygote itself had to be killed);
-  - writing bytes to files: RLIMIT_FSIZE;
-  - inheriting the caller's memory, environment, descriptors or pipes: another
-    process, exec'd with a scrubbed environment, all descriptors closed;
-  - one program changing what the next one sees: a child serves one program;
-  - forged answers: the verifier takes IR alone, with JAX's own types and
-    bounded cost, whatever the child sends.
+  zygote    warm, without secrets, weights or data; forks a child for each
+            program, which enters the layers of `layers`, traces the program on
+            abstract shapes, and sends program IR (see `ir`): JSON that names
+            primitives;
+  screener  verifies that (see `verify`), which trusts nothing in it, and runs
+            it on small probes (see `fingerprint`);
+  caller    gets the program as JAX itself wrote it down, and rebuilds it.
 
-What this does not stop yet: a program that breaks out of the restricted
-builtins (which is possible; they and the AST filter are there for a good
-reason in the rejection, not for security) runs with the user's rights. It may
-read and delete files, create empty ones, open sockets, signal processes of the
-same user and look into them through /proc, the caller's included. Kernel layers
-(seccomp, Landlock, namespaces, another uid) come around the child, in
-`zygote._child`; nothing else has to change for them. Nor is there a watchdog
-over compiling and running an admitted program: the verifier's bounds have to
-do.
+All but the caller can be lost: they are killed when they take too long, and
+started again. SECURITY.md says what is covered, by which test, and what is not.
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
-import pathlib
-import subprocess
+import queue
 import sys
 import tempfile
 import threading
-import time
 
+from selfdev_jax import cache
 from selfdev_jax import config as config_lib
 from selfdev_jax import errors
 from selfdev_jax.programs import contract
-from selfdev_jax.sandbox import verify as verify_lib
-from selfdev_jax.sandbox import wire
+from selfdev_jax.sandbox import fingerprint
+from selfdev_jax.sandbox import layers as layers_lib
+from selfdev_jax.sandbox.fingerprint import first_alike
+from selfdev_jax.sandbox.fingerprint import new_by_round
 from selfdev_jax.sandbox.lift import kernels
+from selfdev_jax.sandbox.process import environment
+from selfdev_jax.sandbox.process import LostError
+from selfdev_jax.sandbox.process import Process
+from selfdev_jax.sandbox.process import ROOT
 from selfdev_jax.sandbox.rebuild import build
 
-__all__ = ["Admitted", "Rejection", "Sandbox", "build", "kernels"]
+__all__ = [
+    "Admitted",
+    "Rejection",
+    "Sandbox",
+    "build",
+    "first_alike",
+    "kernels",
+    "new_by_round",
+]
 
 _ZYGOTE = ("-m", "selfdev_jax.sandbox.zygote")
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_START_S = 120.0  # Importing JAX on a busy machine.
-_STOP_S = 2.0
+_SCREENER = ("-m", "selfdev_jax.sandbox.screen")
 _GRACE_S = 10.0  # For the zygote to report a timeout of its child.
 _MAX_MESSAGE_CHARS = 300
+_MAX_LANES = 8
+# A screener is replaced after so many programs: what JAX caches is bounded.
+_SCREENED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,23 +91,113 @@ class Admitted:
       `build` takes.
     digest: SHA-256 of the canonical form over all shapes, in hex. Equal
       digests: the same function.
-    stats: "equations", "flops", "peak_multiple" and "constants", each the
-      largest over the shapes.
+    stats: "equations", "flops", "peak_multiple", "peak_bytes" and "constants",
+      each the largest over the shapes.
+    fingerprint: of what it does to fixed tensors; `first_alike` compares.
   """
 
   program: str
   digest: str
   stats: dict[str, float]
+  fingerprint: tuple[float, ...]
+
+
+class _Lane:
+  """A zygote and a screener: what admits one program at a time."""
+
+  def __init__(self, start_zygote, start_screener):
+    self._start = {"zygote": start_zygote, "screener": start_screener}
+    self._running: dict[str, Process] = {}
+    self._screened = 0
+
+  def trace(self, source: str, limits: config_lib.Sandbox) -> tuple[str, bytes]:
+    """The zygote's status and the child's bytes."""
+
+    def ask(zygote):
+      zygote.send(json.dumps(source).encode())
+      # \ufffd is three bytes, six characters in JSON.
+      size = 8 * limits.output_bytes + 4096
+      header = zygote.receive(size, _GRACE_S + limits.timeout_s)
+      return json.loads(header)["status"], zygote.receive(
+          limits.ir_bytes, _GRACE_S
+      )
+
+    try:
+      return self._twice("zygote", ask)
+    except LostError:
+      return "crash", b""
+
+  def screen(
+      self, text: bytes, limits: config_lib.Sandbox
+  ) -> Admitted | Rejection:
+    """Verifies what a child sent and runs it on probes."""
+    stage = "verify"
+
+    def ask(screener):
+      nonlocal stage
+      stage = "verify"
+      screener.send(text)
+      verified = json.loads(
+          screener.receive(4 * limits.ir_bytes, limits.timeout_s)
+      )
+      if "rejected" in verified:
+        return verified
+      stage = "run"
+      return verified | json.loads(screener.receive(1 << 20, limits.timeout_s))
+
+    self._screened += 1
+    if self._screened > _SCREENED:
+      self._stop("screener")
+      self._screened = 1
+    try:
+      answer = self._twice("screener", ask)
+    except LostError as error:
+      return _lost(stage, error.code, limits)
+    if "rejected" in answer:
+      stage, code, message = answer["rejected"]
+      return Rejection(stage, code, _one_line(message))
+    answer["fingerprint"] = tuple(answer["fingerprint"])
+    return Admitted(**answer)
+
+  def stop(self):
+    for name in list(self._running):
+      self._stop(name)
+
+  def start(self, name: str) -> Process:
+    """The running process of that name."""
+    if name in self._running and not self._running[name].is_alive():
+      self._stop(name)
+    if name not in self._running:
+      self._running[name] = self._start[name]()
+    return self._running[name]
+
+  def _twice(self, name, ask):
+    """Asks; once more where the process died, which need not be its fault."""
+    try:
+      return ask(self.start(name))
+    except LostError as error:
+      self._stop(name)
+      if error.code == "timeout":
+        raise
+    try:
+      return ask(self.start(name))
+    except LostError:
+      self._stop(name)
+      raise
+
+  def _stop(self, name):
+    self._running.pop(name).stop()
 
 
 class Sandbox:
-  """Admits or rejects programs, one at a time, from any thread."""
+  """Admits or rejects programs, from any thread, several at a time."""
 
   def __init__(
       self,
       limits: config_lib.Sandbox,
       shapes: Sequence[tuple[int, ...]],
       num_experts: int,
+      allow_weak: bool = False,
   ):
     """Starts nothing yet: the first `admit` does.
 
@@ -111,13 +205,24 @@ class Sandbox:
       limits: what a program may cost.
       shapes: of the tensors that programs will be applied to, one layer's.
       num_experts: number of task vectors, at least 1.
+      allow_weak: go on where neither seccomp nor bubblewrap is to be had.
     """
     self._limits = limits
-    self._shapes = list(dict.fromkeys(tuple(map(int, s)) for s in shapes))
+    shapes = list(dict.fromkeys(tuple(map(int, s)) for s in shapes))
+    self._probes = fingerprint.probe_shapes(shapes)
+    self._shapes = list(dict.fromkeys([*shapes, *self._probes]))
     self._num_experts = num_experts
-    self._lock = threading.Lock()
-    self._zygote: subprocess.Popen[bytes] | None = None
+    self._allow_weak = allow_weak
+    self._lock = threading.Lock()  # Around the next two.
     self._scratch: tempfile.TemporaryDirectory[str] | None = None
+    self._bubblewrap: str | None = None  # Why not; empty: used.
+    self._lanes = [
+        _Lane(self._start_zygote, self._start_screener)
+        for _ in range(min(_MAX_LANES, len(os.sched_getaffinity(0))))
+    ]
+    self._free: queue.LifoQueue[_Lane] = queue.LifoQueue()
+    for lane in reversed(self._lanes):
+      self._free.put(lane)
 
   def __enter__(self) -> "Sandbox":
     return self
@@ -125,14 +230,26 @@ class Sandbox:
   def __exit__(self, *unused_exception) -> None:
     self.close()
 
+  def layers(self) -> dict[str, str]:
+    """What surrounds a program: name to "", or why that layer is not there.
+
+    Raises:
+      UserError: as `admit`.
+    """
+    with self._lane() as lane:
+      return lane.start("zygote").hello | {"bubblewrap": self._bubblewrap}
+
   def admit(self, source: str) -> Admitted | Rejection:
-    """Traces, verifies and names one program.
+    """Traces, verifies, names and tries one program.
 
     Args:
       source: any text. Nothing in it makes this raise.
 
     Returns:
       Admitted, or the reason why not.
+
+    Raises:
+      UserError: the sandbox cannot start, or is too weak here.
     """
     if len(source) > contract.MAX_SOURCE_CHARS:
       return Rejection(
@@ -141,147 +258,131 @@ class Sandbox:
           f"The program has {len(source)} characters; at"
           f" most {contract.MAX_SOURCE_CHARS} are taken.",
       )
-    with self._lock:
+    with self._lane() as lane:
+      status, reply = lane.trace(source, self._limits)
+      if status != "done":
+        return _lost("trace", status, self._limits)
+      return _rejection(reply) or lane.screen(reply, self._limits)
+
+  def admit_all(self, sources: Iterable[str]) -> Iterator[Admitted | Rejection]:
+    """`admit` for many, as many at a time as this machine has cores.
+
+    Yields:
+      The verdicts in the order of the sources.
+    """
+    with concurrent.futures.ThreadPoolExecutor(len(self._lanes)) as pool:
+      futures = [pool.submit(self.admit, source) for source in sources]
       try:
-        status, reply = self._ask_again(source)
-      except BaseException:  # Ctrl-C between question and answer.
-        self._stop()
-        raise
-    if status != "done":
-      return self._failure(status)
-    rejection = _rejection(reply)
-    if rejection:
-      return rejection
-    try:
-      verified = verify_lib.verify(
-          reply, self._limits, self._shapes, self._num_experts
-      )
-    except verify_lib.VerifyError as error:
-      return Rejection("verify", error.code, _one_line(error.message))
-    return Admitted(verified.program, verified.digest, verified.stats)
+        for future in futures:
+          yield future.result()
+      finally:
+        for future in futures:
+          future.cancel()
 
   def close(self) -> None:
-    """Ends the zygote and whatever it runs. May be called again."""
-    with self._lock:
-      self._stop()
-      if self._scratch is not None:
-        self._scratch.cleanup()
-        self._scratch = None
+    """Ends all processes. May be called again."""
+    for lane in self._lanes:
+      lane.stop()
+    if self._scratch is not None:
+      self._scratch.cleanup()
+      self._scratch = None
 
-  def _ask_again(self, source):
-    """Asks; once more where the zygote died, which need not be its fault."""
-    for _ in range(2):
-      if self._zygote is None or self._zygote.poll() is not None:
-        self._stop()
-        self._start()
-      try:
-        return self._ask(source)
-      except (wire.WireError, BrokenPipeError):
-        self._stop()
-    return "crash", b""
-
-  def _ask(self, source):
-    """The zygote's status and the child's bytes."""
-    deadline = time.monotonic() + _GRACE_S + self._limits.timeout_s
-    limits = self._limits
-    self._send(source)
-    stdout = self._zygote.stdout.fileno()
-    # \ufffd is three bytes, six characters in JSON.
-    header = wire.receive(stdout, 8 * limits.output_bytes + 4096, deadline)
-    reply = wire.receive(stdout, limits.ir_bytes, deadline)
-    return json.loads(header)["status"], reply
-
-  def _start(self):
-    """Starts the zygote: exec, so that it inherits nothing of this process.
-
-    Raises:
-      UserError: if it does not come up; no program is to blame for that.
-    """
-    if self._scratch is None:
-      self._scratch = tempfile.TemporaryDirectory(prefix="selfdev_sandbox_")
-    environment = {
-        "HOME": self._scratch.name,
-        "JAX_PLATFORMS": "cpu",
-        "LANG": "C.UTF-8",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "PATH": os.defpath,
-        "PYTHONPATH": str(_ROOT),
-    }
-    limits = self._limits
-    setup = {
-        "shapes": self._shapes,
-        "num_experts": self._num_experts,
-        "timeout_s": limits.timeout_s,
-        "memory_bytes": limits.memory_bytes,
-        "output_bytes": limits.output_bytes,
-        "ir_bytes": limits.ir_bytes,
-        "max_equations": limits.max_equations,
-    }
-    with tempfile.TemporaryFile() as complaints:
-      self._zygote = subprocess.Popen(
-          [sys.executable, *_ZYGOTE],
-          stdin=subprocess.PIPE,
-          stdout=subprocess.PIPE,
-          stderr=complaints,
-          bufsize=0,
-          cwd=self._scratch.name,
-          env=environment,
-          close_fds=True,
-          start_new_session=True,  # Ctrl-C is for this process alone.
-      )
-      deadline = time.monotonic() + _START_S
-      try:
-        self._send(setup)
-        wire.receive(self._zygote.stdout.fileno(), len(wire.READY), deadline)
-      except (wire.WireError, BrokenPipeError):
-        self._stop()
-        complaints.seek(0)
-        lines = complaints.read().decode(errors="replace").splitlines()
-        reason = _one_line(lines[-1]) if lines else "no answer"
-        raise errors.UserError(
-            f"the sandbox cannot start ({reason}); try python -m"
-            " selfdev_jax.sandbox.zygote"
-        ) from None
-
-  def _send(self, message):
-    wire.send(self._zygote.stdin.fileno(), json.dumps(message).encode())
-
-  def _stop(self):
-    if self._zygote is None:
-      return
-    # At the end of its input it kills what its children have left behind.
-    self._zygote.stdin.close()
+  @contextlib.contextmanager
+  def _lane(self):
+    lane = self._free.get()
     try:
-      self._zygote.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-      self._zygote.kill()  # Its children die with it: PR_SET_PDEATHSIG.
-      self._zygote.wait()
-    self._zygote.stdout.close()
-    self._zygote = None
+      yield lane
+    except BaseException:  # Ctrl-C between question and answer.
+      lane.stop()
+      raise
+    finally:
+      self._free.put(lane)
 
-  def _failure(self, status):
-    if status == "timeout":
-      return Rejection(
-          "trace",
-          "timeout",
-          "Tracing the program took more than"
-          f" {self._limits.timeout_s:g} s; write fewer or shorter loops.",
-      )
-    if status == "too_big":
-      return Rejection(
-          "trace",
-          "ir_bytes",
-          "The traced program has more than"
-          f" {self._limits.ir_bytes} bytes; write shorter loops or smaller"
-          " constants.",
-      )
-    return Rejection(
-        "trace",
-        "crash",
-        "The process that traced the program died; it may"
-        " have used too much memory.",
+  def _start_zygote(self) -> Process:
+    scratch = self._directory()
+    readable = [sys.prefix, sys.base_prefix, str(ROOT / "selfdev_jax")]
+    with self._lock:
+      if self._bubblewrap is None:
+        self._bubblewrap = layers_lib.probe_bubblewrap(scratch, readable)
+    python = [sys.executable, *_ZYGOTE]
+    limits = self._limits
+    zygote = Process(
+        [*layers_lib.bubblewrap(scratch, readable), *python]
+        if not self._bubblewrap
+        else [sys.executable, layers_lib.__file__, *python],
+        {
+            "shapes": self._shapes,
+            "num_experts": self._num_experts,
+            "timeout_s": limits.timeout_s,
+            "memory_bytes": limits.memory_bytes,
+            "output_bytes": limits.output_bytes,
+            "ir_bytes": limits.ir_bytes,
+            "max_equations": limits.max_equations,
+            "scratch": scratch,
+            "namespaces": layers_lib.namespaces_of(),
+        },
+        environment(scratch),
+        scratch,
     )
+    if zygote.hello["seccomp"] and self._bubblewrap and not self._allow_weak:
+      zygote.stop()
+      raise errors.UserError(
+          "generated programs would run without a kernel layer that holds"
+          f" alone: seccomp ({zygote.hello['seccomp']}), bubblewrap"
+          f" ({self._bubblewrap}); install libseccomp2 or bubblewrap, or give"
+          " --allow_weak_sandbox: a program that breaks out of the restricted"
+          " Python may then do what the other layers leave, see"
+          " launch.check_program --layers"
+      )
+    return zygote
+
+  def _start_screener(self) -> Process:
+    compiled = cache.directory() / "screen"
+    compiled.mkdir(parents=True, exist_ok=True)
+    scratch = self._directory()
+    return Process(
+        [sys.executable, *_SCREENER],
+        {
+            "limits": dataclasses.asdict(self._limits),
+            "shapes": self._shapes,
+            "probes": self._probes,
+            "num_experts": self._num_experts,
+            "cache": str(compiled),
+        },
+        environment(scratch),
+        scratch,
+    )
+
+  def _directory(self) -> str:
+    with self._lock:
+      if self._scratch is None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="selfdev_sandbox_")
+      return self._scratch.name
+
+
+def _lost(stage: str, status: str, limits: config_lib.Sandbox) -> Rejection:
+  """The verdict on a program whose process did not live to answer."""
+  what = {"trace": "Tracing", "verify": "Checking", "run": "Running"}[stage]
+  if status == "timeout":
+    return Rejection(
+        stage,
+        "timeout",
+        f"{what} the program took more than {limits.timeout_s:g} s; write"
+        " fewer or shorter loops.",
+    )
+  if status == "too_big":
+    return Rejection(
+        stage,
+        "ir_bytes",
+        f"The traced program has more than {limits.ir_bytes} bytes; write"
+        " shorter loops or smaller constants.",
+    )
+  return Rejection(
+      stage,
+      "crash",
+      f"{what} the program ended its process; it may have used too much"
+      " memory.",
+  )
 
 
 def _rejection(reply):

@@ -8,6 +8,7 @@ of commutative primitives are sorted, x + 0 and x * 1 are x (`sum` starts at
 """
 
 from collections.abc import Sequence
+import functools
 import hashlib
 import json
 from typing import NamedTuple
@@ -62,15 +63,21 @@ def _block(block):
 
 
 def _aval(aval):
-  return aval.shape, str(aval.dtype)
+  return aval.shape, aval.dtype
+
+
+@functools.cache
+def _name(dtype) -> str:
+  # NumPy makes it anew each time, which is a tenth of verifying a program.
+  return str(dtype)
 
 
 def _operand(operand, values: Sequence[_Value]):
   if isinstance(operand, ir.Literal):
     value = operand.value
     return _Value(
-        _hash(["literal", str(value.dtype), repr(value.item())]),
-        ((), str(value.dtype)),
+        _hash(["literal", _name(value.dtype), repr(value.item())]),
+        ((), value.dtype),
         value.item(),
     )
   return values[operand]

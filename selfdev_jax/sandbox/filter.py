@@ -114,8 +114,9 @@ def _refuse_import(node, name):
   _refuse(
       node,
       "import",
-      f"cannot import {name[:60]}; a program may use jax.numpy,"
-      " jax.lax, jax.nn, jax.random, math, functools, itertools and typing.",
+      f"cannot import {name[:60]}; a program may use jax.numpy, jax.lax,"
+      " jax.nn, jax.random, torch, torch.nn.functional, torch.linalg, math,"
+      " functools, itertools and typing.",
   )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import json
+import math
 import operator
 from typing import Any
 from typing import NamedTuple
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 VERSION = 1
-_MAX_INT = 2**31  # No dimension, axis or length is larger.
+MAX_SIZE = 2**31  # No dimension, axis or length is larger.
 _MAX_NESTING = 8  # Loops within loops.
 MAX_RANK = 16
 
@@ -136,21 +137,38 @@ def _encode_number(value):
   return float(str(value))
 
 
+# Looked up, not asked for: a text may hold a million numbers.
+_INTEGERS = {
+    dtype: (int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max))
+    for dtype in _DTYPES.values()
+    if jnp.issubdtype(dtype, jnp.integer)
+}
+# From here on they round to infinity. The shortest decimal of the largest
+# number may lie above it.
+_FLOATS = {
+    dtype: math.ldexp(
+        1 - 2.0 ** -(jnp.finfo(dtype).nmant + 2), int(jnp.finfo(dtype).maxexp)
+    )
+    for dtype in _DTYPES.values()
+    if jnp.issubdtype(dtype, jnp.floating)
+}
+
+
 def _decode_number(node, dtype):
-  if dtype == np.dtype(bool):
+  if dtype in _FLOATS:
+    if type(node) is not str or node not in ("nan", "inf", "-inf"):
+      if type(node) not in (int, float):
+        raise _malformed("a float literal")
+      if not abs(node) < _FLOATS[dtype]:
+        raise _malformed("a float literal out of range")
+    node = float(node)
+  elif dtype in _INTEGERS:
+    low, high = _INTEGERS[dtype]
+    if type(node) is not int or not low <= node <= high:
+      raise _malformed("an integer literal")
+  elif dtype == np.dtype(bool):
     if type(node) is not bool:
       raise _malformed("a boolean literal")
-  elif jnp.issubdtype(dtype, jnp.integer):
-    info = jnp.iinfo(dtype)
-    if type(node) is not int or not info.min <= node <= info.max:
-      raise _malformed("an integer literal")
-  elif jnp.issubdtype(dtype, jnp.floating):
-    if node in ("nan", "inf", "-inf") and isinstance(node, str):
-      node = float(node)
-    elif type(node) not in (int, float):
-      raise _malformed("a float literal")
-    elif not abs(node) <= float(jnp.finfo(dtype).max):
-      raise _malformed("a float literal out of range")
   else:
     if not isinstance(node, list) or len(node) != 2:
       raise _malformed("a complex literal")
@@ -175,7 +193,7 @@ class Codec(NamedTuple):
   omit: bool = False
 
 
-def _int(low=-_MAX_INT, high=_MAX_INT):
+def _int(low=-MAX_SIZE, high=MAX_SIZE):
   def decode(node):
     if type(node) is not int or not low <= node <= high:
       raise _malformed("an integer parameter")
@@ -234,6 +252,15 @@ def _fixed(*allowed):
 
 
 _NONE = _fixed(None)
+
+
+def _encode_sharding(value):
+  # On a mesh of no devices it says as much as None.
+  if value is not None and not value.mesh.empty:
+    raise IRError("parameter", "An array on several devices is not supported.")
+
+
+_SHARDING = Codec(_encode_sharding, lambda node: None, omit=True)
 # Performance hints, and closures that JAX makes again.
 _IGNORED = Codec(lambda value: None, lambda node: None, omit=True)
 _BOOL = Codec(bool, _bool_decode)
@@ -244,7 +271,7 @@ _AXIS = _int(0, MAX_RANK - 1)
 _AXES = _tuple(_AXIS, MAX_RANK)
 _NUMBER = Codec(
     lambda value: _encode_number(np.asarray(value)[()]),
-    lambda node: node
+    lambda node: _int(high=2 * MAX_SIZE).decode(node)
     if type(node) is int
     else float(_decode_number(node, _DTYPES["float32"])),
 )
@@ -298,10 +325,10 @@ def _decode_array(node):
     raise _malformed("a constant")
   dtype, shape = _decode_dtype(node["dtype"]), _SIZES.decode(node["shape"])
   data = node["data"]
-  if not isinstance(data, list) or int(np.prod(shape, dtype=object)) != len(
-      data
-  ):
+  if not isinstance(data, list) or math.prod(shape) != len(data):
     raise _malformed("the size of a constant")
+  if not data and math.prod(max(size, 1) for size in shape) > MAX_SIZE:
+    raise _malformed("the size of an empty constant")
   return np.array([_decode_number(x, dtype) for x in data], dtype).reshape(
       shape
   )
@@ -334,8 +361,8 @@ _SCATTER = {
 PRIMITIVES: dict[str, dict[str, Codec]] = (
     {name: {} for name in words("""
             abs acos acosh add and asin asinh atan atan2 atanh ceil clamp
-            complex digamma div eq erf erf_inv erfc floor ge gt imag is_finite
-            le le_to lgamma lt lt_to max min ne neg nextafter not or
+            complex digamma div eq eq_to erf erf_inv erfc floor ge gt imag
+            is_finite le le_to lgamma lt lt_to max min ne neg nextafter not or
             population_count real rem select_n shift_left
             shift_right_arithmetic shift_right_logical sign sinh cosh square
             sub threefry2x32 xor clz random_unwrap random_fold_in
@@ -345,6 +372,7 @@ PRIMITIVES: dict[str, dict[str, Codec]] = (
         """)}
     | {
         "const": {"value": _ARRAY},
+        "conj": {"input_dtype": _IGNORED},
         "mul": {"out_dtype": _NONE},
         "pow": {},
         "integer_pow": {"y": _int(-1024, 1024)},
@@ -360,11 +388,11 @@ PRIMITIVES: dict[str, dict[str, Codec]] = (
         "convert_element_type": {
             "new_dtype": _DTYPE,
             "weak_type": _IGNORED,
-            "sharding": _NONE,
+            "sharding": _SHARDING,
         },
         "bitcast_convert_type": {"new_dtype": _DTYPE},
         # Reductions and scans along an axis.
-        "reduce_sum": _REDUCE | {"out_sharding": _NONE},
+        "reduce_sum": _REDUCE | {"out_sharding": _SHARDING},
         "reduce_max": _REDUCE,
         "reduce_min": _REDUCE,
         "reduce_prod": _REDUCE,
@@ -388,12 +416,12 @@ PRIMITIVES: dict[str, dict[str, Codec]] = (
         "broadcast_in_dim": {
             "shape": _SIZES,
             "broadcast_dimensions": _AXES,
-            "sharding": _NONE,
+            "sharding": _SHARDING,
         },
         "reshape": {
             "new_sizes": _SIZES,
             "dimensions": _NONE,
-            "sharding": _NONE,
+            "sharding": _SHARDING,
         },
         "squeeze": {"dimensions": _AXES},
         "transpose": {"permutation": _AXES},
@@ -402,7 +430,7 @@ PRIMITIVES: dict[str, dict[str, Codec]] = (
             "dtype": _DTYPE,
             "shape": _SIZES,
             "dimension": _AXIS,
-            "sharding": _NONE,
+            "sharding": _SHARDING,
         },
         "concatenate": {"dimension": _AXIS},
         "stack": {"axis": _AXIS},
@@ -427,6 +455,7 @@ PRIMITIVES: dict[str, dict[str, Codec]] = (
         },
         "scatter": _SCATTER,
         "scatter-add": _SCATTER,
+        "scatter-sub": _SCATTER,
         "scatter-mul": _SCATTER,
         "scatter-min": _SCATTER,
         "scatter-max": _SCATTER,
@@ -435,7 +464,7 @@ PRIMITIVES: dict[str, dict[str, Codec]] = (
             "dimension_numbers": _tuple(_tuple(_AXES, 2), 2),
             "precision": _PRECISION,
             "preferred_element_type": _optional(_DTYPE),
-            "out_sharding": _NONE,
+            "out_sharding": _SHARDING,
         },
         "svd": {
             "full_matrices": _BOOL,
@@ -457,7 +486,6 @@ PRIMITIVES: dict[str, dict[str, Codec]] = (
         "householder_product": {},
         "cholesky": {},
         "lu": {},
-        "lu_pivots_to_permutation": {"permutation_size": _SIZE},
         "triangular_solve": {
             "left_side": _BOOL,
             "lower": _BOOL,
@@ -480,18 +508,27 @@ PRIMITIVES: dict[str, dict[str, Codec]] = (
             "length": _SIZE,
             "reverse": _BOOL,
             "num_consts": _SIZE,
-            "num_carry": _SIZE,
+            # vmap traces the body anew for each carry that depends on the
+            # one before.
+            "num_carry": _int(0, 64),
             "unroll": _IGNORED,
         },
         "cond": {"branches": _BLOCKS},
     }
 )
 
+# What is left to LAPACK, or to a loop like it.
+FACTORIZATIONS = words("""
+    svd eigh qr lu cholesky triangular_solve householder_product
+""")
+
 # Primitives that hand their operands through.
 _IDENTITIES = words("""
     copy copy_p stop_gradient name sharding_constraint device_put
-    optimization_barrier
+    optimization_barrier random_clone
 """)
+# What only gradients use, by its other name.
+_SYNONYMS = {"add_any": "add"}
 # Calls, and the parameter that holds what they call.
 _CALLS = {
     "jit": "jaxpr",
@@ -583,6 +620,7 @@ class _Reader:
 
   def _equation(self, equation, operands):
     name, params = equation.primitive.name, equation.params
+    name = _SYNONYMS.get(name, name)
     if name in _IDENTITIES:
       return operands
     if name in _CALLS:

@@ -9,6 +9,7 @@ import jax
 from jax import lax
 import jax.extend.core.primitives as jex_primitives
 import jax.numpy as jnp
+import numpy as np
 
 from selfdev_jax.sandbox import ir
 
@@ -32,7 +33,8 @@ def evaluate(
     One value per output.
 
   Raises:
-    ir.IRError: a primitive returned another number of values than declared.
+    ir.IRError: a primitive returned another number of values than declared,
+      or an array larger than the IR can say.
     Exception: whatever JAX raises where shapes or dtypes do not fit.
   """
   values = list(arguments)
@@ -51,6 +53,12 @@ def evaluate(
           f"The program IR is malformed: {equation.name} gives"
           f" {len(outputs)} values.",
       )
+    # At once: the next one might compute with sizes that overflow.
+    for x in outputs:
+      if x.ndim > ir.MAX_RANK or max(x.shape, default=0) > ir.MAX_SIZE:
+        raise ir.IRError(
+            "memory", "The program makes an array that is too large."
+        )
     values.extend(outputs)
   return [read(operand) for operand in block.outputs]
 
@@ -109,30 +117,88 @@ def _apply(equation, operands):
   return outputs if primitive.multiple_results else [outputs]
 
 
+# Random keys may be moved and used; no other primitive can be relied on to
+# refuse them before it is lowered.
+_TAKE_KEYS = ir.words("""
+    broadcast_in_dim concatenate cond dynamic_slice dynamic_update_slice gather
+    random_bits random_fold_in random_split random_unwrap reshape rev scan
+    select_n slice split squeeze stack transpose unstack
+""")
+# What LAPACK has, and JAX lowers: no halves, though their types pass.
+_LAPACK = (jnp.float32, jnp.complex64)
+
+
 def _check(equation, operands):
   """Raises ValueError for what `bind`, unlike jnp, takes unseen."""
   name, params = equation.name, equation.params
-  if name == "reshape" and (
-      math.prod(params["new_sizes"]) != jnp.size(operands[0])
-  ):
-    raise ValueError("reshape changes the number of elements")
-  if name == "dynamic_slice" and len(operands) != 1 + jnp.ndim(operands[0]):
-    raise ValueError("dynamic_slice takes one index per axis")
-  if name == "cond" and jnp.shape(operands[0]):
-    raise ValueError("the index of cond is no scalar")
+  avals = [jax.typeof(x) for x in operands]
+  # Keys alone have a type that is none of NumPy's; issubdtype is slow.
+  are_keys = [not isinstance(x.dtype, np.dtype) for x in avals]
+
+  def require(condition, what):
+    if not condition:
+      raise ValueError(f"{name} {what}")
+
+  require(name in _TAKE_KEYS or not any(are_keys), "takes no random key")
+  match name:
+    case "reshape":
+      same = math.prod(params["new_sizes"]) == math.prod(avals[0].shape)
+      require(same, "changes the number of elements")
+    case "dynamic_slice":
+      one_each = len(avals) == 1 + avals[0].ndim
+      require(one_each, "takes one index per axis")
+    case "cond":
+      index = avals[0]
+      is_index = index.shape == () and index.dtype == jnp.int32
+      require(is_index, "takes an int32 scalar as its index")
+    case "sort":
+      require(params["num_keys"] <= len(avals), "has fewer operands than keys")
+    case "argmax" | "argmin":
+      is_ordered = not jnp.issubdtype(avals[0].dtype, jnp.complexfloating)
+      require(is_ordered, "takes no complex numbers")
+    case "cumlogsumexp":
+      is_inexact = jnp.issubdtype(avals[0].dtype, jnp.inexact)
+      require(is_inexact, "takes no integers")
+    case "fft":
+      _check_fft(avals[0].shape, require, **params)
+    case "threefry2x32":
+      first, second, *counts = (x.shape for x in avals)
+      are_pairs = first == second and counts == counts[::-1]
+      require(are_pairs, "takes pairs of one shape")
+    case "random_seed":
+      is_integer = jnp.issubdtype(avals[0].dtype, jnp.integer)
+      require(is_integer, "takes an integer")
+    case "random_bits" | "random_split" | "random_fold_in":
+      require(are_keys == [True] + [False] * (len(avals) - 1), "takes one key")
+  if name in ir.FACTORIZATIONS:
+    require(all(x.dtype in _LAPACK for x in avals), "takes float32")
+    if name == "householder_product":
+      batches = {avals[0].shape[:-2], avals[1].shape[:-1]}
+    else:
+      batches = {x.shape[:-2] for x in avals}
+    require(len(batches) == 1, "takes batches of one shape")
   for key in ("axes", "axis", "dimension", "dimensions"):
     if key not in params or not operands:
       continue  # `iota` has no operand, and its own function checks it.
     axes = params[key]
     axes = (axes,) if isinstance(axes, int) else axes
-    rank = jnp.ndim(operands[0]) + (name == "stack")
-    if len(set(axes)) < len(axes) or any(axis >= rank for axis in axes):
-      raise ValueError(f"{name} has no axes {axes}")
+    rank = avals[0].ndim + (name == "stack")
+    distinct = len(set(axes)) == len(axes)
+    require(
+        distinct and all(axis < rank for axis in axes), f"lacks axes {axes}"
+    )
   # It makes a value for each entry of the axis before they can be counted.
   if name == "unstack" and (
-      jnp.shape(operands[0])[params["axis"]] != equation.num_outputs
+      avals[0].shape[params["axis"]] != equation.num_outputs
   ):
     raise ir.IRError("malformed", "The program IR is malformed: unstack.")
+
+
+def _check_fft(shape, require, *, fft_type, fft_lengths):
+  require(1 <= len(fft_lengths) <= 3, "has one to three axes")
+  if fft_type == lax.FftType.IRFFT:
+    half = fft_lengths[-1] // 2 + 1
+    require(shape[-1:] == (half,), f"takes {half} frequencies")
 
 
 _OMITTED = {
@@ -187,6 +253,7 @@ def _cond(index, *operands, branches):
 # that JAX makes itself: reached through the public function that emits them.
 _SPECIAL = {
     "const": _one(lambda *, value: jnp.asarray(value)),
+    "conj": _one(lax.conj),
     "iota": _one(
         lambda *, dtype, shape, dimension: lax.broadcasted_iota(
             dtype, shape, dimension
@@ -198,10 +265,10 @@ _SPECIAL = {
     "split": _many(lax.split),
     "scatter": _scatter(lax.scatter),
     "scatter-add": _scatter(lax.scatter_add),
+    "scatter-sub": _scatter(lax.scatter_sub),
     "scatter-mul": _scatter(lax.scatter_mul),
     "scatter-min": _scatter(lax.scatter_min),
     "scatter-max": _scatter(lax.scatter_max),
-    "lu_pivots_to_permutation": _one(lax.linalg.lu_pivots_to_permutation),
     "random_seed": _one(lambda seed: jax.random.key(seed, impl=_IMPL)),
     "random_wrap": _one(lambda x: jax.random.wrap_key_data(x, impl=_IMPL)),
     "random_unwrap": _one(jax.random.key_data),

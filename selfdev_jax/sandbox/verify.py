@@ -22,6 +22,8 @@ from selfdev_jax.sandbox import rebuild
 _MIN_INPUT_BYTES = 1 << 16
 # Loop bodies times trips: each trip has a cost of its own, however small.
 _MAX_STEPS = 1_000_000
+# An operation of a thousand operands takes a thousand times as long to trace.
+_MAX_VALUES_PER_EQUATION = 10
 
 
 class VerifyError(ValueError):
@@ -45,8 +47,8 @@ class Verified:
   Attributes:
     program: its JSON text, written anew from what JAX inferred.
     digest: of its canonical form.
-    stats: "equations", "flops", "peak_multiple" and "constants", each the
-      largest over the shapes.
+    stats: "equations", "flops", "peak_bytes", "peak_multiple" (of its input)
+      and "constants", each the largest over the shapes.
   """
 
   program: str
@@ -118,8 +120,14 @@ def _verify(text, limits, shapes, num_experts):
 
 def _verify_leaf(block, shape, num_experts, limits):
   # Counted before anything is traced: these bound the work below.
-  equations, constants = _count(block)
+  equations, values, constants = _count(block).tolist()
   _bound("equations", equations, limits.max_equations, "operations")
+  _bound(
+      "equations",
+      values,
+      _MAX_VALUES_PER_EQUATION * limits.max_equations,
+      "operands and results",
+  )
   _bound("constants", constants, limits.max_constants, "elements in constants")
   closed, output = jax.make_jaxpr(
       lambda *arguments: rebuild.evaluate(block, arguments), return_shape=True
@@ -141,11 +149,12 @@ def _verify_leaf(block, shape, num_experts, limits):
       "memory",
       multiple,
       limits.max_peak_multiple,
-      "times the memory of its" " input",
+      "times the memory of its input",
   )
   return block, {
       "equations": equations,
       "flops": cost.flops,
+      "peak_bytes": cost.peak_bytes,
       "peak_multiple": round(multiple, 3),
       "constants": constants,
   }
@@ -169,17 +178,20 @@ def _blocks(equation):
 
 
 def _count(block):
-  """Equations and elements of constants, nested blocks included."""
-  equations = constants = 0
+  """Equations, values that go in or out, and elements of constants.
+
+  Those of nested blocks are included; such a block counts as an equation, for
+  it takes as long to trace even if it is empty.
+  """
+  counts = np.zeros(3, int)
   for equation in block.equations:
-    equations += 1
+    counts += 1, len(equation.operands) + equation.num_outputs, 0
     if equation.name == "const":
-      constants += equation.params["value"].size
+      counts[2] += equation.params["value"].size
     for inner in _blocks(equation):
-      inner_equations, inner_constants = _count(inner)
-      equations += inner_equations
-      constants += inner_constants
-  return equations, constants
+      counts += _count(inner)
+      counts += 1, inner.inputs + len(inner.outputs), 0
+  return counts
 
 
 def measure(block: ir.Block) -> Cost:
@@ -223,10 +235,11 @@ def _inner_cost(equation):
   costs = [measure(block) for block in _blocks(equation)]
   if not costs:
     return Cost()
+  # An empty trip takes time too. Of branches, all are run under vmap.
   trips = equation.params["length"] if equation.name == "scan" else 1
   return Cost(
-      trips * max(c.flops for c in costs),
-      trips * max(c.steps for c in costs),
+      trips * sum(c.flops for c in costs),
+      trips * sum(c.steps + 1 for c in costs),
       max(c.peak_bytes for c in costs),
   )
 
@@ -237,35 +250,27 @@ def _bytes(aval):
 
 
 def _size(aval):
-  return float(math.prod(aval.shape))
+  # XLA multiplies the other sizes before it sees the zero among them.
+  return float(math.prod(max(size, 1) for size in aval.shape))
 
 
-_FACTORIZATIONS = ir.words("""
-    svd eigh qr lu cholesky triangular_solve householder_product
-""")
-_SORTS = ir.words("""
-    sort top_k
-""")
+_CUMULATIVE = ir.words("cumlogsumexp cummax cummin cumprod cumsum")
 
 
 def _flops(equation, block, outputs):
   """Operations of one equation, nested blocks left out."""
   operands = [block.avals[x] for x in equation.operands if isinstance(x, int)]
-  size = max((_size(a) for a in operands), default=0.0)
-  size = max(size, sum(_size(block.avals[x]) for x in outputs))
+  results = sum(_size(block.avals[x]) for x in outputs)
+  size = max([results, *map(_size, operands)])
   if equation.name == "dot_general":
     (contracted, _), _ = equation.params["dimension_numbers"]
-    shape = (
-        block.avals[equation.operands[0]].shape
-        if isinstance(equation.operands[0], int)
-        else ()
-    )
-    depth = math.prod(shape[axis] for axis in contracted)
-    return 2.0 * depth * _size(block.avals[outputs[0]])
-  if equation.name in _FACTORIZATIONS:
-    *batch, rows, columns = operands[0].shape
-    work = float(rows) * columns * min(rows, columns) * math.prod(batch)
-    return 20.0 * work + size
-  if equation.name in _SORTS or equation.name == "fft":
-    return 5.0 * size * max(1.0, math.log2(max(size, 2.0)))
+    # Without axes to contract, the first operand may be a literal.
+    depth = math.prod(operands[0].shape[axis] for axis in contracted)
+    return 2.0 * depth * results + size
+  if equation.name in ir.FACTORIZATIONS:
+    return 20.0 * size * min(operands[0].shape[-2:]) + size
+  if equation.name in ("sort", "top_k", "fft"):
+    return 5.0 * size * max(1.0, math.log2(size))
+  if equation.name in _CUMULATIVE:
+    return 16.0 * size  # XLA makes a tree of windows of 16.
   return size

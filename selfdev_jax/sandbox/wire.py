@@ -8,11 +8,12 @@ import time
 _HEADER = struct.Struct(">I")
 
 
-READY = b"ready"  # What a zygote sends when it has warmed up.
-
-
 class WireError(OSError):
   """The other side is gone, too slow, or sends more than it may."""
+
+
+class WireTimeoutError(WireError):
+  """The other side is too slow."""
 
 
 def send(fd: int, message: bytes) -> None:
@@ -51,7 +52,7 @@ def _read(fd, length, deadline):
     if deadline is not None:
       wait_ms = max(0, 1000 * (deadline - time.monotonic()))
     if not poll.poll(wait_ms):
-      raise WireError("timed out")
+      raise WireTimeoutError("timed out")
     part = os.read(fd, min(length, 1 << 20))
     if not part:
       raise WireError("closed")

@@ -5,10 +5,13 @@
 Started by `sandbox.Sandbox` with a scrubbed environment. It imports JAX and
 traces one program, so that a fork has everything loaded, but never initialises
 a JAX backend: tracing needs none, and threads do not survive a fork. It holds
-no secrets, weights or data: a child inherits its memory.
+no secrets, weights or data: a child inherits its memory. A child enters every
+layer of `layers` that holds here, and opens no file after that: what tracing
+imports late is imported here.
 
-The first message on stdin is `Setup` in JSON, every other one a program's
-source, as a JSON string. The answer to that on stdout is two messages: a JSON
+The first message on stdin is `Setup` in JSON, answered by what `layers.probe`
+found, in JSON. Every other one is a program's source, as a JSON string. The
+answer to that on stdout is two messages: a JSON
 header {"status", "output"} by this process, and the child's bytes, which nobody
 here reads. The end of stdin ends the zygote, also in the middle
 of a request; that is how it follows its parent into death. (Not by
@@ -27,15 +30,18 @@ import sys
 import time
 from typing import NamedTuple
 
+from selfdev_jax.sandbox import layers as layers_lib
 from selfdev_jax.sandbox import trace as trace_lib
 from selfdev_jax.sandbox import wire
 
 # jax.numpy's functions are jitted, and a jit's trace is cached by shape: what
-# is traced here, on the real shapes, no child has to trace again.
+# is traced here, on the real shapes, no child has to trace again. The letter is
+# there because Python imports what it takes to read it.
 _WARM_UP = """
 def merge(base, task_vectors):
   stacked = jnp.stack(task_vectors)
-  merged = base + 0.5 * sum(task_vectors)
+  λ = 0.5
+  merged = base + λ * sum(task_vectors)
   for x in (stacked, task_vectors[0], task_vectors[0].ravel()):
     size = jnp.abs(x)
     for q in (jnp.quantile(size, 0.5), jnp.percentile(size, 50), size.mean()):
@@ -67,7 +73,6 @@ def merge(base, task_vectors):
   return lax.fori_loop(0, 2, lambda i, x: 0.5 * x, merged)
 """
 MAX_REQUEST_BYTES = 1 << 22
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _REPLY_FD = 3  # The only descriptor of a child besides 0, 1 and 2.
 _ORPHAN_ROUNDS = 1000
@@ -84,6 +89,8 @@ class Setup(NamedTuple):
   output_bytes: int
   ir_bytes: int
   max_equations: int
+  scratch: str  # An empty directory: a child's root.
+  namespaces: dict[str, str]  # The caller's.
 
 
 def main() -> None:
@@ -98,18 +105,25 @@ def main() -> None:
   # Nothing is collected in a child: pages stay shared, and it soon ends.
   gc.collect()
   gc.freeze()
-  wire.send(1, wire.READY)
-  while True:
-    try:
-      message = wire.receive(0, MAX_REQUEST_BYTES)
-    except wire.WireError:
-      return
-    header, reply = _serve(setup, json.loads(message))
-    try:
-      wire.send(1, json.dumps(header).encode())
-      wire.send(1, reply)
-    except BrokenPipeError:
-      return
+  layers = layers_lib.child_layers(
+      layers_lib.Limits(setup.memory_bytes, setup.timeout_s), setup.scratch
+  )
+  found = layers_lib.probe(layers)
+  entered = [layer for layer in layers if not found[layer.name]]
+  found["namespaces"] = _namespaces(setup)
+  wire.send(1, json.dumps(found).encode())
+  with contextlib.suppress(wire.WireError, BrokenPipeError):
+    while True:
+      _answer(setup, entered)
+
+
+def _answer(setup, layers):
+  # A function of its own: its variables would be one program's view of the
+  # last one, by way of the stack's frames.
+  message = wire.receive(0, MAX_REQUEST_BYTES)
+  header, reply = _serve(setup, layers, json.loads(message))
+  wire.send(1, json.dumps(header).encode())
+  wire.send(1, reply)
 
 
 def _warm_up(setup):
@@ -123,14 +137,20 @@ def _trace(setup, source):
   return trace_lib.trace(source, shapes, setup.num_experts, setup.max_equations)
 
 
-def _serve(setup, source):
+def _namespaces(setup):
+  own = layers_lib.namespaces_of()
+  shared = [k for k, v in setup.namespaces.items() if own[k] == v]
+  return f"not permitted here: {', '.join(shared)}" if shared else ""
+
+
+def _serve(setup, layers, source):
   """Runs one child to its end; returns the header and the child's bytes."""
   reply_read, reply_write = os.pipe()
   output_read, output_write = os.pipe()
   pid = os.fork()
   if pid == 0:
     try:
-      _child(setup, source, reply_write, output_write)
+      _child(setup, layers, source, reply_write, output_write)
     finally:
       os._exit(1)
   os.close(reply_write)
@@ -208,12 +228,13 @@ def _children():
     return []
 
 
-def _child(setup, source, reply_fd, output_fd):
+def _child(setup, layers, source, reply_fd, output_fd):
   """Confines this process, traces the program, writes the reply, exits."""
   os.setsid()
-  _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  layers_lib.die_with_parent()
   _confine_descriptors(reply_fd, output_fd)
-  _limit_resources(setup)
+  for layer in layers:
+    layer.enter()
   try:
     reply = _trace(setup, source)
   except trace_lib.TraceError as error:
@@ -233,20 +254,6 @@ def _confine_descriptors(reply_fd, output_fd):
     os.dup2(source, target)
   os.dup2(reply_fd, _REPLY_FD)
   os.closerange(_REPLY_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-
-
-def _limit_resources(setup):
-  with open("/proc/self/statm", encoding="ascii") as file:
-    mapped = int(file.read().split()[0]) * resource.getpagesize()
-  seconds = int(setup.timeout_s) + 1  # Holds should the zygote be killed.
-  for limit, value in (
-      (resource.RLIMIT_AS, mapped + setup.memory_bytes),
-      (resource.RLIMIT_CPU, seconds),
-      (resource.RLIMIT_FSIZE, 0),
-      (resource.RLIMIT_NOFILE, 16),
-      (resource.RLIMIT_CORE, 0),
-  ):
-    resource.setrlimit(limit, (value, value))
 
 
 if __name__ == "__main__":

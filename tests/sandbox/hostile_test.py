@@ -1,7 +1,6 @@
-"""Each claim of the docstring of selfdev_jax.sandbox, attacked.
+"""What a program's author is told, and what the processes do around it.
 
-Most attacks run with full builtins and without the AST filter, as if they had
-been bypassed: what holds then is the process boundary and the verifier.
+The hostile programs themselves are in attacks.py.
 """
 
 import contextlib
@@ -25,14 +24,22 @@ LIMITS = config.Sandbox(timeout_s=1.5, memory_bytes=1 << 28, output_bytes=1000)
 # On a machine under load, time must not be what a program meets first.
 PATIENT = dataclasses.replace(LIMITS, timeout_s=60.0)
 GOOD = "def merge(base, task_vectors):\n  return base + sum(task_vectors)\n"
-# A zygote whose first two lines of feedback are switched off.
+# A zygote whose first two lines of feedback are switched off, and maybe all
+# layers but the limits: what the zygote itself sees to shows then.
 _NAKED = """
-import builtins
+import builtins, errno
 from selfdev_jax.programs import contract
-from selfdev_jax.sandbox import trace, zygote
+from selfdev_jax.sandbox import layers, trace, zygote
+every = layers.child_layers
+def off():
+  raise OSError(errno.EPERM, "switched off")
+def weak(*arguments):
+  limits, *others = every(*arguments)
+  return limits, *(layer._replace(enter=off) for layer in others)
+layers.child_layers = weak if {weak} else every
 trace.filter_lib.check = lambda source: None
 restricted = contract.namespace
-contract.namespace = lambda: restricted() | {"__builtins__": builtins.__dict__}
+contract.namespace = lambda: restricted() | dict(__builtins__=vars(builtins))
 zygote.main()
 """
 
@@ -43,14 +50,24 @@ def box():
     yield box
 
 
+class _Undressed(sandbox.Sandbox):
+  """With a zygote that another script starts."""
+
+  def __init__(self, limits, weak=False):
+    super().__init__(limits, SHAPES, 2, allow_weak=weak)
+    self._script = _NAKED.format(weak=weak)
+
+  def _start_zygote(self):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(sandbox, "_ZYGOTE", ("-c", self._script))
+      return super()._start_zygote()
+
+
 @contextlib.contextmanager
-def _undressed(limits):
-  patch = pytest.MonkeyPatch()
-  patch.setattr(sandbox, "_ZYGOTE", ("-c", _NAKED))
-  with sandbox.Sandbox(limits, SHAPES, 2) as box:
+def _undressed(limits, weak=False):
+  with _Undressed(limits, weak) as box:
     assert isinstance(box.admit(GOOD), sandbox.Admitted)
     yield box
-  patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +77,8 @@ def naked():
 
 
 @pytest.fixture(scope="module")
-def patient():
-  with _undressed(PATIENT) as box:
+def weak():
+  with _undressed(LIMITS, weak=True) as box:
     yield box
 
 
@@ -73,7 +90,12 @@ def _merge(body, head=""):
 def _holds(box):
   """The sandbox still works, and has one process without children."""
   assert isinstance(box.admit(GOOD), sandbox.Admitted)
-  assert not _children(box._zygote.pid)
+  assert not _children(_zygote(box))
+
+
+def _zygote(box):
+  # Lanes are taken last in, first out: this one has done it all.
+  return box._lanes[0]._running["zygote"].pid
 
 
 def _children(pid):
@@ -116,11 +138,20 @@ def _gone(pid, timeout_s=5.0):
         ("import os\n" + GOOD, "filter", "import"),
         (_merge("return ().__class__"), "filter", "attribute"),
         (
-            _merge("if base.sum() > 0:\n  return base\nreturn -base"),
+            _merge("return jax.vmap(lambda x: x if x[0] > 0 else -x)(base)"),
             "trace",
             "data_dependent_if",
         ),
-        (_merge("return max(base[0], base[1])"), "trace", "data_dependent_if"),
+        (
+            _merge("return base if base > 0 else -base"),
+            "trace",
+            "data_dependent_if",
+        ),
+        (
+            _merge("while base.sum() > 0:\n  base = base - 1\nreturn base"),
+            "trace",
+            "paths",
+        ),
         (_merge("return base * float(base.sum())"), "trace", "data_dependent"),
         (_merge("return base[base > 0]"), "trace", "data_dependent"),
         (_merge("return None"), "trace", "output"),
@@ -129,8 +160,8 @@ def _gone(pid, timeout_s=5.0):
         (_merge("return base.T[None]"), "trace", "output_shape"),
         (_merge("return base > 0"), "trace", "output_dtype"),
         (_merge("return base.astype(jnp.bfloat16)"), "trace", "output_dtype"),
-        (_merge("return undefined"), "trace", "exception"),
-        (_merge("raise ValueError('a\\nb')"), "trace", "exception"),
+        (_merge("return undefined"), "trace", "name"),
+        (_merge("raise ValueError('a\\nb')"), "trace", "value"),
         (_merge("return merge(base, task_vectors)"), "trace", "recursion"),
         (
             _merge(
@@ -167,88 +198,25 @@ def test_rejected_with_a_reason(box, source, stage, code):
   assert verdict.message.isprintable()
 
 
-def test_exponential_inlining_is_cut(box):
-  doubled = "".join(
-      f"  f{i + 1} = jax.jit(lambda x, f=f{i}: f(f(x)))\n" for i in range(30)
-  )
-  source = (
-      "def merge(base, task_vectors):\n  f0 = jnp.sin\n"
-      + doubled
-      + "  return f30(base)\n"
-  )
-  assert box.admit(source).code == "equations"
+# --- Time --------------------------------------------------------------------
 
 
-def test_huge_constant(box):
-  verdict = box.admit(_merge("return base + jnp.array([0.5] * 10**5).sum()"))
-  assert (verdict.stage, verdict.code) == ("verify", "constants")
-
-
-# --- Time, memory, output ----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "while base.ndim: pass",
-        "return base + 9 ** 9 ** 9",
-        "import time; time.sleep(100)",
-        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "while True: pass",
-    ],
-)
-def test_endless(naked, body):
+def test_wall_clock(naked):
   start = time.monotonic()
-  verdict = naked.admit(_merge(body))
+  verdict = naked.admit(_merge("while base.ndim: pass"))
   assert (verdict.stage, verdict.code) == ("trace", "timeout")
   assert time.monotonic() - start < LIMITS.timeout_s + 2
-  _holds(naked)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "return [0] * 10**10",
-        "x = []\nwhile True: x.append(bytearray(1 << 24))",
-    ],
-)
-def test_memory_bomb(patient, body):
-  assert patient.admit(_merge(body)).code in ("memory", "crash")
-  _holds(patient)
-
-
-def test_megabytes_of_output_neither_block_nor_matter(box):
-  body = "for _ in range(300): print('x' * 100_000)\nreturn base"
-  verdict = box.admit(_merge(body))
-  assert isinstance(verdict, sandbox.Admitted)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "import os; os._exit(0)",
-        "import os; os.abort()",
-        "import ctypes; ctypes.string_at(0)",
-        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-        "raise SystemExit",
-        "raise KeyboardInterrupt",
-        "class E(Exception):\n  def __str__(self): raise ValueError\nraise E",
-    ],
-)
-def test_crash(naked, body):
-  verdict = naked.admit(_merge(body))
-  assert isinstance(verdict, sandbox.Rejection)
   _holds(naked)
 
 
 # --- Processes ---------------------------------------------------------------
 
 
-def test_no_process_survives(naked, tmp_path):
+def test_no_process_survives(weak, tmp_path):
   pids = tmp_path / "pids"
   pids.mkdir()
   # The name of an empty file carries the number: writing is not possible.
-  verdict = naked.admit(_merge(f"""
+  verdict = weak.admit(_merge(f"""
       import os, time
       for leave in (False, True):
         if os.fork() == 0:
@@ -265,24 +233,24 @@ def test_no_process_survives(naked, tmp_path):
   found = [int(name) for name in os.listdir(pids)]
   assert len(found) >= 2  # Once for every shape that was reached in time.
   assert all(_gone(pid) for pid in found)
-  _holds(naked)
+  _holds(weak)
 
 
-def test_zygote_killed_from_inside(naked):
-  verdict = naked.admit(
+def test_zygote_killed_from_inside(weak):
+  verdict = weak.admit(
       _merge(
           "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"
           "while True: pass"
       )
   )
   assert (verdict.stage, verdict.code) == ("trace", "crash")
-  _holds(naked)
+  _holds(weak)
 
 
 def test_zygote_that_died_meanwhile_costs_no_program(box):
   box.admit(GOOD)
-  box._zygote.kill()
-  box._zygote.wait()
+  os.kill(_zygote(box), signal.SIGKILL)
+  assert _gone(_zygote(box))
   assert isinstance(box.admit(GOOD), sandbox.Admitted)
 
 
@@ -296,9 +264,10 @@ def test_zygote_follows_its_parent(tmp_path):
       endless = "def merge(a, b):\\n  while a.ndim: pass\\n"
       box.admit("def merge(a, b):\\n  return a\\n")
       threading.Thread(target=box.admit, args=(endless,), daemon=True).start()
-      path = f"/proc/{box._zygote.pid}/task/{box._zygote.pid}/children"
+      zygote = box._lanes[0]._running["zygote"].pid
+      path = f"/proc/{zygote}/task/{zygote}/children"
       while not open(path).read(): time.sleep(0.01)
-      print(box._zygote.pid, open(path).read(), flush=True)
+      print(zygote, open(path).read(), flush=True)
       time.sleep(60)
   """))
   parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
@@ -312,11 +281,13 @@ def test_zygote_follows_its_parent(tmp_path):
 def test_close_ends_everything():
   with sandbox.Sandbox(LIMITS, SHAPES, 2) as box:
     box.admit(GOOD)
-    zygote, scratch = box._zygote.pid, box._scratch.name
+    scratch = box._scratch.name
+    pids = [x.pid for x in box._lanes[0]._running.values()]
+    assert len(pids) == 2
     # Not of the terminal's process group: Ctrl-C is the caller's alone.
-    assert os.getsid(zygote) == zygote != os.getsid(0)
+    assert all(os.getsid(pid) == pid != os.getsid(0) for pid in pids)
     assert os.listdir(scratch) == []
-  assert _gone(zygote)
+  assert all(_gone(pid) for pid in pids)
   assert not os.path.exists(scratch)
   box.close()
 
@@ -330,20 +301,11 @@ def _says(box, expression):
   return verdict.message.partition("ValueError: ")[2]
 
 
-def test_environment_is_scrubbed(monkeypatch):
-  monkeypatch.setenv("HF_TOKEN", "secret")
-  monkeypatch.setattr(sandbox, "_ZYGOTE", ("-c", _NAKED))
-  with sandbox.Sandbox(LIMITS, SHAPES, 2) as box:
-    names = _says(box, "sorted(__import__('os').environ)")
-  assert "HF_TOKEN" not in names
-  assert "JAX_PLATFORMS" in names
-
-
-def test_descriptors_are_closed(naked):
+def test_descriptors_are_closed(weak):
   read, write = os.pipe()
   os.set_inheritable(write, True)
   try:
-    listing = _says(naked, "__import__('os').listdir('/proc/self/fd')")
+    listing = _says(weak, "__import__('os').listdir('/proc/self/fd')")
   finally:
     os.close(read)
     os.close(write)
@@ -351,9 +313,9 @@ def test_descriptors_are_closed(naked):
   assert listing == "['0', '1', '2', '3', '4']"
 
 
-def test_files_cannot_be_filled(naked, tmp_path):
+def test_files_cannot_be_filled(weak, tmp_path):
   target = tmp_path / "x"
-  naked.admit(_merge(f"open('{target}', 'w').write('x' * 10)\nreturn base"))
+  weak.admit(_merge(f"open('{target}', 'w').write('x' * 10)\nreturn base"))
   assert not target.exists() or target.stat().st_size == 0
 
 
@@ -366,70 +328,23 @@ def test_no_backend_is_initialised(naked):
   assert _says(naked, f"__import__('jax.extend.backend') and {probe}") == (
       "False"
   )
-  threads = pathlib.Path(f"/proc/{naked._zygote.pid}/task")
+  threads = pathlib.Path(f"/proc/{_zygote(naked)}/task")
   assert len(os.listdir(threads)) <= 2
-
-
-def test_programs_do_not_see_each_other(naked):
-  naked.admit(_merge("import jax.numpy\njax.numpy.sum = None\nreturn base"))
-  verdict = naked.admit(
-      _merge("import jax.numpy\nreturn base + jax.numpy.sum(base)")
-  )
-  assert isinstance(verdict, sandbox.Admitted)
 
 
 # --- Forged answers ----------------------------------------------------------
 
 
-def _forge(expression):
-  return _merge(f"import json, os\nos.write(3, {expression})\nos._exit(0)")
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "b''",
-        "b'{}'",
-        "b'\\xff' * 100",
-        "b'[' * 50_000",
-        "b'9' * 10_000",
-        repr(b'{"rejected": null}'),
-        repr(b'{"rejected": ["run", "x", "y"]}'),
-        repr(b'{"rejected": ["trace", "a b", "y"]}'),
-        repr(b'{"rejected": ["trace", 1, "y"]}'),
-        repr(b'{"rejected": ["trace", "x", ["y"]]}'),
-        repr(b'{"version": 1, "num_experts": 2, "leaves": []}'),
-    ],
-)
-def test_forged_answer(naked, expression):
-  verdict = naked.admit(_forge(expression))
-  assert (verdict.stage, verdict.code) == ("verify", "malformed")
-
-
 def test_forged_reason_is_one_printable_line(naked):
-  verdict = naked.admit(
-      _forge(
-          r"json.dumps({'rejected': ['trace', 'x', '\x1b[31m\u202e' +"
-          r" 'a\n' * 5000]}).encode()"
-      )
-  )
+  verdict = naked.admit(_merge(r"""
+      import json, os
+      reason = ["trace", "x", "\x1b[31m\u202e" + "a\n" * 5000]
+      os.write(3, json.dumps({"rejected": reason}).encode())
+      os._exit(0)
+  """))
   assert verdict.code == "x"
   assert len(verdict.message) <= 300
   assert verdict.message.isprintable()
-
-
-def test_answer_without_end(naked):
-  verdict = naked.admit(
-      _merge("import os\nwhile True: os.write(3, b'x' * 100_000)")
-  )
-  assert (verdict.stage, verdict.code) == ("trace", "ir_bytes")
-  _holds(naked)
-
-
-def test_answer_and_stay(naked):
-  verdict = naked.admit(_merge("import os, time\nos.close(3)\ntime.sleep(100)"))
-  assert (verdict.stage, verdict.code) == ("trace", "crash")
-  _holds(naked)
 
 
 def test_many_threads_share_one_sandbox(box):
@@ -446,11 +361,11 @@ def test_many_threads_share_one_sandbox(box):
   assert len(verdicts) == 4
 
 
-def test_interrupt_in_the_caller_leaves_a_working_sandbox(patient):
-  patient.admit(GOOD)
+def test_interrupt_in_the_caller_leaves_a_working_sandbox(naked):
+  naked.admit(GOOD)
   timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
   timer.start()
   with pytest.raises(KeyboardInterrupt):
-    patient.admit(_merge("while base.ndim: pass"))
+    naked.admit(_merge("while base.ndim: pass"))
   timer.join()
-  assert isinstance(patient.admit(GOOD), sandbox.Admitted)
+  assert isinstance(naked.admit(GOOD), sandbox.Admitted)

@@ -97,6 +97,203 @@ def test_counts_equations_and_constants():
   assert _code(text, config.Sandbox(max_equations=50)) == "equations"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_largest_float_is_a_literal(dtype):
+  # jnp.nan_to_num has it; its shortest decimal is beyond a float32.
+  body = f"jnp.nan_to_num(base.astype(jnp.{dtype})).astype(jnp.float32)"
+  _verify(_traced(_one(body)))
+
+
+def test_peak_bytes():
+  # Base, three task vectors and the result.
+  stats = _verify(_program([["add", [0, 1], {}, 1]], 4)).stats
+  assert stats["peak_bytes"] == 5 * 4 * 3 * 4
+  stats = _verify(TEXTS["ties"]).stats
+  assert stats["peak_multiple"] == round(stats["peak_bytes"] / (1 << 16), 3)
+
+
+def _full(shape, value=0.5):
+  params = {"shape": shape, "broadcast_dimensions": []}
+  return ["broadcast_in_dim", [["float32", value]], params, 1]
+
+
+def _loop(body, operands, length):
+  params = {
+      "jaxpr": body,
+      "length": length,
+      "reverse": False,
+      "num_consts": 0,
+      "num_carry": len(operands),
+  }
+  return ["scan", operands, params, len(operands)]
+
+
+_SWAP = {"inputs": 2, "equations": [], "outputs": [1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("equations", "code"),
+    [
+        # Half a minute of exchanging two values.
+        ([_loop(_SWAP, [0, 1], 2**31 - 1)], "loop_trips"),
+        # Nothing at all, and still more than XLA's indices can say.
+        ([_full([2**31, 2**31, 2**31, 0])], "flops"),
+        # No axis to contract, but a result that has to be filled.
+        (
+            [
+                _full([2**20, 0]),
+                [
+                    "dot_general",
+                    [4, 4],
+                    {
+                        "dimension_numbers": [[[1], [1]], [[], []]],
+                        "precision": None,
+                        "preferred_element_type": None,
+                    },
+                    1,
+                ],
+            ],
+            "flops",
+        ),
+        # JAX multiplies sizes until they wrap around.
+        (
+            [
+                ["tile", [0], {"reps": [2**31, 1]}, 1],
+                ["tile", [4], {"reps": [2**31, 1]}, 1],
+            ],
+            "memory",
+        ),
+        # The time to type a stack grows with its rank.
+        (
+            [["stack", [i and 3 + i], {"axis": 0}, 1] for i in range(4990)],
+            "memory",
+        ),
+        # 20 million results, in 160 kB of text.
+        (
+            [_full([4096])] + 4990 * [["unstack", [4], {"axis": 0}, 4096]],
+            "equations",
+        ),
+        # 80,000 blocks, each of which is traced.
+        (
+            4900
+            * [
+                [
+                    "cond",
+                    [["int32", 1], 0],
+                    {
+                        "branches": 16
+                        * [{"inputs": 1, "equations": [], "outputs": [0]}]
+                    },
+                    1,
+                ]
+            ],
+            "equations",
+        ),
+        # vmap would trace the body once for each carry.
+        (
+            [
+                _loop(
+                    {
+                        "inputs": 100,
+                        "equations": [],
+                        "outputs": [99, *range(99)],
+                    },
+                    100 * [0],
+                    2,
+                )
+            ],
+            "malformed",
+        ),
+    ],
+    ids=[
+        *("empty", "zero", "dot", "tile", "rank", "unstack", "branches"),
+        "carries",
+    ],
+)
+def test_what_costs_more_than_it_looks(equations, code):
+  assert _code(_program(equations, 0)) == code
+
+
+def test_all_branches_are_counted():
+  # Under vmap, over layers, each is run.
+  branch = {"inputs": 1, "equations": [["exp", [0], {}, 1]], "outputs": [1]}
+  flops = [
+      _verify(
+          _program(
+              [["cond", [["int32", 0], 0], {"branches": n * [branch]}, 1]], 4
+          )
+      ).stats["flops"]
+      for n in (2, 4)
+  ]
+  assert flops[1] - flops[0] == 2 * 12
+
+
+def _as(dtype):
+  return ["convert_element_type", [0], {"new_dtype": dtype}, 1]
+
+
+_SQUARE = {"start_indices": [0, 0], "limit_indices": [3, 3], "strides": None}
+
+
+@pytest.mark.parametrize(
+    "equations",
+    [
+        *(
+            [["cond", [index, 0], {"branches": 2 * [branch]}, 1]]
+            for branch in [{"inputs": 1, "equations": [], "outputs": [0]}]
+            for index in (
+                ["bool", True],
+                ["uint32", 1],
+                ["int8", 1],
+                ["float32", 1.0],
+            )
+        ),
+        [["sort", [0], {"dimension": 0, "is_stable": True, "num_keys": 2}, 1]],
+        [["random_bits", [0], {"bit_width": 32, "shape": []}, 1]],
+        [["random_fold_in", [0, ["uint32", 1]], {}, 1]],
+        [["random_split", [0], {"shape": [2]}, 1]],
+        [["random_seed", [["float32", 1.0]], {}, 1]],
+        [
+            ["bitcast_convert_type", [0], {"new_dtype": "uint32"}, 1],
+            ["threefry2x32", [["uint32", 1], 4, 4, 4], {}, 2],
+        ],
+        [
+            ["random_seed", [["int32", 1]], {}, 1],
+            ["convert_element_type", [4], {"new_dtype": "float32"}, 1],
+        ],
+        [
+            _as("complex64"),
+            ["argmax", [4], {"axes": [0], "index_dtype": "int32"}, 1],
+        ],
+        [_as("int32"), ["cumlogsumexp", [4], {"axis": 0, "reverse": False}, 1]],
+        [
+            _as("complex64"),
+            ["fft", [4], {"fft_type": "IRFFT", "fft_lengths": [9]}, 1],
+        ],
+        [
+            _full([2, 2, 2, 2]),
+            ["convert_element_type", [4], {"new_dtype": "complex64"}, 1],
+            ["fft", [5], {"fft_type": "FFT", "fft_lengths": [2, 2, 2, 2]}, 1],
+        ],
+        *(
+            [
+                ["slice", [0], _SQUARE, 1],
+                ["convert_element_type", [4], {"new_dtype": dtype}, 1],
+                ["cholesky", [5], {}, 1],
+            ]
+            for dtype in ("bfloat16", "float16", "int32")
+        ),
+        [
+            _full([2, 4, 3]),
+            _full([3, 3]),
+            ["householder_product", [4, 5], {}, 1],
+        ],
+    ],
+)
+def test_what_jax_types_but_cannot_lower(equations):
+  assert _code(_program(equations, 0)) == "ill_typed"
+
+
 @pytest.mark.parametrize(
     ("equations", "output", "code"),
     [

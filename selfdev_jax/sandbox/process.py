@@ -1,0 +1,159 @@
+"""A process that answers messages, and can be lost."""
+
+from collections.abc import Sequence
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+from typing import Any
+
+from selfdev_jax import errors
+from selfdev_jax.sandbox import wire
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+_START_S = 120.0  # Importing JAX on a busy machine.
+_MAX_HELLO_BYTES = 1 << 16
+
+
+class LostError(Exception):
+  """The process took too long, and was killed, or it died.
+
+  Attributes:
+    code: "timeout" or "crash".
+  """
+
+  def __init__(self, code: str):
+    super().__init__(code)
+    self.code = code
+
+
+def environment(home: str, **more: str) -> dict[str, str]:
+  """What a process needs of an environment, and nothing of this one's."""
+  return {
+      "HOME": home,
+      "JAX_PLATFORMS": "cpu",
+      "LANG": "C.UTF-8",
+      "OMP_NUM_THREADS": "1",
+      "OPENBLAS_NUM_THREADS": "1",
+      "PATH": os.defpath,
+      "PYTHONPATH": str(ROOT),
+      **more,
+  }
+
+
+def is_out_of_memory(error: Exception) -> bool:
+  """Whether that is what XLA or Python says."""
+  signs = ("RESOURCE_EXHAUSTED", "Out of memory")
+  return isinstance(error, MemoryError) or any(s in str(error) for s in signs)
+
+
+class Process:
+  """One helper process; not for several threads at once.
+
+  Attributes:
+    hello: what it answered to its setup.
+    pid: its process number.
+  """
+
+  def __init__(
+      self,
+      command: Sequence[str],
+      setup: dict[str, Any],
+      variables: dict[str, str],
+      directory: str,
+      inherited: Sequence[int] = (),
+      start_s: float = _START_S,
+  ):
+    """Starts it: exec, so that it inherits nothing of this process.
+
+    Args:
+      command: to run.
+      setup: its first message, as JSON; it answers with JSON.
+      variables: its environment, all of it.
+      directory: where it starts.
+      inherited: descriptors that stay open in it.
+      start_s: how long it may take to answer its setup.
+
+    Raises:
+      UserError: if it does not come up; no program is to blame for that.
+    """
+    with tempfile.TemporaryFile() as complaints:
+      self._process = subprocess.Popen(
+          list(command),
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          stderr=complaints,
+          bufsize=0,
+          cwd=directory,
+          env=variables,
+          close_fds=True,
+          pass_fds=inherited,
+          start_new_session=True,  # Ctrl-C is for this process alone.
+      )
+      self.pid = self._process.pid
+      try:
+        self.send(json.dumps(setup).encode())
+        self.hello = json.loads(self.receive(_MAX_HELLO_BYTES, start_s))
+      except LostError:
+        complaints.seek(0)
+        lines = complaints.read().decode(errors="replace").splitlines()
+        reason = lines[-1][:300] if lines else "no answer"
+        raise errors.UserError(
+            f"a process of the sandbox cannot start ({reason}); try"
+            f" {' '.join(command)}"
+        ) from None
+      except BaseException:
+        self.stop()
+        raise
+
+  def is_alive(self) -> bool:
+    return self._process.poll() is None
+
+  def send(self, message: bytes) -> None:
+    """Sends a message.
+
+    Raises:
+      LostError: the process is gone.
+    """
+    try:
+      wire.send(self._process.stdin.fileno(), message)
+    except OSError:
+      self.stop()
+      raise LostError("crash") from None
+
+  def receive(self, max_bytes: int, timeout_s: float) -> bytes:
+    """Waits for a message, of at most `max_bytes`.
+
+    Raises:
+      LostError: it did not come in time, or the process died, or sent more;
+        the process is gone.
+    """
+    try:
+      return wire.receive(
+          self._process.stdout.fileno(), max_bytes, time.monotonic() + timeout_s
+      )
+    except wire.WireTimeoutError:
+      self.stop(0.0)
+      raise LostError("timeout") from None
+    except wire.WireError:
+      self.stop()
+      raise LostError("crash") from None
+
+  def stop(self, patience_s: float = 2.0) -> None:
+    """Ends it, and with it what it runs. May be called again.
+
+    Args:
+      patience_s: at the end of its input a process ends by itself, taking its
+        children along; it is killed where it has not after so long.
+    """
+    with contextlib.suppress(OSError):
+      self._process.stdin.close()
+    try:
+      self._process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      self._process.wait()
+    self._process.stdout.close()

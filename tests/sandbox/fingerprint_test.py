@@ -1,0 +1,166 @@
+"""Which programs share a fingerprint, and which do not."""
+
+import functools
+
+import hypothesis
+from hypothesis import strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from selfdev_jax.sandbox import fingerprint
+from selfdev_jax.sandbox import ir
+from selfdev_jax.sandbox import rebuild
+from selfdev_jax.sandbox import trace
+
+_SHAPES = [(64, 96), (300,)]
+_HEAD = "def merge(base, task_vectors):\n"
+
+
+@functools.cache
+def _program(source):
+  if "return" not in source:
+    source = f"{_HEAD}  return {source}\n"
+  return ir.loads(trace.trace(source, _SHAPES, 3, 5000))
+
+
+@functools.cache
+def _print(source):
+  return fingerprint.compute(_program(source), _SHAPES)
+
+
+def _same(one, other):
+  first = fingerprint.first_alike([_print(one), _print(other)])
+  assert first in ([0, 0], [0, 1])
+  return first == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("sum(task_vectors)", "jnp.stack(task_vectors).sum(0)"),
+        (
+            "base + 0.3 * sum(task_vectors)",
+            "base + sum(0.3 * t for t in task_vectors)",
+        ),
+        ("base + task_vectors[0]", "base * 1.0 + 0.5 * task_vectors[0] * 2.0"),
+        (
+            "base + jnp.mean(jnp.stack(task_vectors), axis=0)",
+            "base + sum(task_vectors) / 3",
+        ),
+        (
+            "jnp.where(base > 0, base, -base)",
+            "jnp.abs(base)",
+        ),
+        (
+            "base + jnp.median(jnp.stack(task_vectors), axis=0)",
+            "base + jnp.sort(jnp.stack(task_vectors), axis=0)[1]",
+        ),
+        ("jnp.log(-jnp.abs(base))", "jnp.sqrt(-1 - jnp.abs(base))"),  # NaN.
+    ],
+)
+def test_same_function_in_other_words(one, other):
+  assert _same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("base + 0.30 * task_vectors[0]", "base + 0.31 * task_vectors[0]"),
+        ("base + task_vectors[0]", "base + task_vectors[1]"),
+        ("base + task_vectors[0]", "base - task_vectors[0]"),
+        ("base", "base * 1.0001"),
+        ("base", "jnp.log(-jnp.abs(base))"),
+        ("base + task_vectors[0]", "base + task_vectors[0] + 1e-5"),
+        (
+            "base if base.ndim > 1 else 2 * base",
+            "base",
+        ),
+        (
+            "base + jax.random.normal(jax.random.key(0), base.shape)",
+            "base + jax.random.normal(jax.random.key(1), base.shape)",
+        ),
+    ],
+)
+def test_different(one, other):
+  assert not _same(one, other)
+
+
+# A constant as factories use them; the field is where it goes.
+_TEMPLATES = (
+    "base + {} * sum(task_vectors)",
+    "base + sum({} ** i * t for i, t in enumerate(task_vectors, 1))",
+    "base + sum(jnp.where(jnp.abs(t) > jnp.quantile(jnp.abs(t), {}), t, 0)"
+    " for t in task_vectors)",
+    "base + jnp.tanh({} * task_vectors[0])",
+    "base + task_vectors[0] * jax.random.bernoulli(jax.random.key(0), {},"
+    " base.shape)",
+    "base + jnp.clip(task_vectors[1], -{0} * 0.003, {0} * 0.003)",
+    "(1 - {0}) * base + {0} * (base + task_vectors[2])",
+    "base + task_vectors[0] * jax.nn.sigmoid(100 * task_vectors[1] - {})",
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.sampled_from(_TEMPLATES),
+    st.floats(0.1, 0.9),
+    st.sampled_from([0.99, 1.01]),
+)
+def test_one_percent_of_a_constant_shows(template, constant, factor):
+  one = template.format(round(constant, 6))
+  other = template.format(round(constant * factor, 6))
+  assert not _same(one, other)
+
+
+def test_op_by_op_is_the_program():
+  # Loops and branches are run by the fingerprint's own hand.
+  for source in (
+      "lax.fori_loop(0, 3, lambda i, x: x * 0.5 + i, base)",
+      "lax.fori_loop(0, 2000, lambda i, x: x * 0.999, base)",
+      "lax.scan(lambda c, t: (c + t, c * 0), base, jnp.stack(task_vectors))[0]",
+      "lax.scan(lambda c, t: (c * 0.5, c + t), base, jnp.stack(task_vectors),"
+      " reverse=True)[1][0]",
+      "lax.cond(base.sum() > 0, lambda: base, lambda: 2 * base)",
+      "lax.switch(7, [lambda: base, lambda: 3 * base])",
+      "base + jnp.stack([jnp.cumsum(base, 0), base]).max(0)",
+  ):
+    block = _program(source).leaves[_SHAPES[0]]
+    rng = np.random.default_rng(0)
+    arguments = [
+        jnp.asarray(rng.standard_normal(_SHAPES[0]), jnp.float32)
+        for _ in range(4)
+    ]
+    (found,) = fingerprint._run(block, arguments)
+    (expected,) = rebuild.evaluate(block, arguments)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_probes_are_leaves_or_stand_ins():
+  probes = fingerprint.probe_shapes
+  assert probes([(6, 4), (5,)]) == [(5,), (6, 4)]
+  assert probes([(6, 4), (64, 64), (4096, 4096)]) == [(64, 64)]
+  assert probes([(4096, 4096), (14336, 4096)]) == [(64, 96)]
+  assert probes([(4096,), (4096, 4096)]) == [(4096,), (64, 96)]
+
+
+def test_nowhere_finite_needs_one_shape_without_a_finite_result():
+  assert not fingerprint.nowhere_finite(_print("base"))
+  assert fingerprint.nowhere_finite(_print("jnp.log(-jnp.abs(base))"))
+  # Only the vectors fail, and only the larger scale.
+  assert fingerprint.nowhere_finite(
+      _print("base if base.ndim > 1 else base / 0.0")
+  )
+  assert not fingerprint.nowhere_finite(
+      _print("jnp.where(jnp.abs(base).max() > 1, jnp.inf, base)")
+  )
+
+
+def test_new_by_round():
+  prints = {"a": [1.0] * 4, "b": [2.0] * 4, "c": [1.00001] * 4, "d": []}
+  assert fingerprint.new_by_round(
+      [["a", "a", "b"], ["c", "b", "d"], ["a", "d"]], prints
+  ) == [["a", "b"], ["d"], []]
+  # Without a fingerprint two programs are two.
+  assert fingerprint.first_alike([[], []]) == [0, 1]
+  assert fingerprint.first_alike([]) == []
