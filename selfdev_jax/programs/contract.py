@@ -52,7 +52,7 @@ FORBIDDEN_ATTRIBUTES = _words("""
     debug profiler experimental extend interpreters distributed export jax2tf
     infeed outfeed device_put device_get tracing gi_frame gi_code gi_yieldfrom
     cr_frame ag_frame tb_frame tb_next f_back f_globals f_locals f_builtins
-    f_code
+    f_code mro
 """)
 
 FORBIDDEN_NAMES = _words("""

@@ -62,6 +62,7 @@ _ZYGOTE = ("-m", "selfdev_jax.sandbox.zygote")
 _SCREENER = ("-m", "selfdev_jax.sandbox.screen")
 _GRACE_S = 10.0  # For the zygote to report a timeout of its child.
 _MAX_MESSAGE_CHARS = 300
+_MAX_REJECTION_BYTES = 1 << 14
 _MAX_LANES = 8
 # A screener is replaced after so many programs: what JAX caches is bounded.
 _SCREENED = 1000
@@ -390,8 +391,8 @@ def _rejection(reply):
 
   The child is not trusted: it may call itself rejected, but only in words.
   """
-  if not reply.startswith(b'{"rejected"'):
-    return None
+  if not reply.startswith(b'{"rejected"') or len(reply) > _MAX_REJECTION_BYTES:
+    return None  # The screener will say what else it is.
   try:
     stage, code, message = json.loads(reply)["rejected"]
     if stage in ("filter", "trace") and code.isidentifier():

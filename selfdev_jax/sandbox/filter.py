@@ -134,6 +134,13 @@ def _attribute(node):
     _refuse(node, "assignment", "attributes cannot be assigned.")
 
 
+def _match_class(node):
+  # `case C(name=x)` reads the attribute of that name.
+  for name in node.kwd_attrs:
+    if name in contract.FORBIDDEN_ATTRIBUTES or name.startswith("_"):
+      _refuse(node, "attribute", f"the attribute {name[:60]} may not be used.")
+
+
 def _while(node):
   endless = isinstance(node.test, ast.Constant) and node.test.value
   leaves = (ast.Break, ast.Return, ast.Raise)
@@ -150,6 +157,7 @@ _VISITORS = {
     ast.ImportFrom: _import_from,
     ast.Name: _name,
     ast.Attribute: _attribute,
+    ast.MatchClass: _match_class,
     ast.While: _while,
     ast.ClassDef: _statement("a class"),
     ast.AsyncFunctionDef: _statement("async"),

@@ -4,9 +4,9 @@ Two programs that are written differently, and hash differently, may compute
 the same: `stack().sum(0)` and `sum()`, a coefficient that is distributed, a
 product with one. Their results on the same tensors tell, up to rounding. The
 tensors are random, of the shapes that the program is for or small stand-ins of
-the same rank, at two scales; so two programs that differ only for other
-shapes, or only on weights unlike these, share a fingerprint: who reuses a
-score by it says so.
+the same rank, their rows of different scales; so two programs that differ only
+for other shapes, or only on weights unlike these, share a fingerprint: who
+reuses a score by it says so.
 """
 
 from collections.abc import Mapping
@@ -23,11 +23,12 @@ from selfdev_jax.sandbox import rebuild
 # Programs whose numbers are so close, in relation to their change of the base,
 # are one; a constant that differs by 1 % moves them a hundred times further.
 TOLERANCE = 1e-4
-_MAX_ELEMENTS = 1 << 14  # Of a leaf that is probed as it is.
+_MAX_ELEMENTS = 1 << 13  # Of a leaf that is probed as it is.
 _STAND_INS = {1: (4096,), 2: (64, 96), 3: (4, 32, 48), 4: (4, 8, 16, 12)}
-# Standard deviations of base and task vectors: of a language model's weights,
-# and ten times that.
-_SCALES = ((0.03, 0.003), (0.3, 0.03))
+# Standard deviations of a tensor's rows: those of a language model's weights,
+# and what task vectors have of them.
+_SCALES = (0.01, 0.1)
+_TASK_SCALE = 0.1
 _PROJECTIONS = 3
 _NUMBERS = 1 + _PROJECTIONS
 _MAX_UNROLLED = 1000  # Primitives; a longer loop is compiled.
@@ -39,7 +40,7 @@ def probe_shapes(
   """The shapes that programs for `shapes` are probed with.
 
   Returns:
-    For each rank the largest shape of at most 16,384 elements, or where there
+    For each rank the largest shape of at most 8,192 elements, or where there
     is none a stand-in that is not among `shapes`.
   """
   found = {}
@@ -47,7 +48,8 @@ def probe_shapes(
     if math.prod(shape) <= _MAX_ELEMENTS:
       found[len(shape)] = shape
     else:
-      found.setdefault(len(shape), _STAND_INS.get(len(shape), shape))
+      rank = len(shape)
+      found.setdefault(rank, _STAND_INS.get(rank, (4,) * rank))
   return list(found.values())
 
 
@@ -61,27 +63,21 @@ def compute(
     shapes: from `probe_shapes`.
 
   Returns:
-    For each shape and scale the norm of merged - base and its projections on
-    fixed random directions of norm 1; NaN where the result is not finite.
+    For each shape the norm of merged - base and its projections on fixed
+    random directions of norm 1; NaN where the result is not finite.
   """
   numbers = []
   for shape in shapes:
-    for base, task_vectors in _probes(shape, program.num_experts):
-      (merged,) = _run(program.leaves[shape], [base, *task_vectors])
-      merged, base = (np.asarray(x, np.float64) for x in (merged, base))
-      delta = (merged - base).ravel()
-      # Not finite is one thing, whichever it is.
-      if not np.isfinite(delta).all():
-        delta = np.full_like(delta, np.nan)
-      numbers += [float(np.linalg.norm(delta))]
-      numbers += [float(x) for x in _directions(delta.size) @ delta]
+    base, *task_vectors = _probe(shape, program.num_experts)
+    (merged,) = _run(program.leaves[shape], [base, *task_vectors])
+    merged, base = (np.asarray(x, np.float64) for x in (merged, base))
+    delta = (merged - base).ravel()
+    # Not finite is one thing, whichever it is.
+    if not np.isfinite(delta).all():
+      delta = np.full_like(delta, np.nan)
+    numbers += [float(np.linalg.norm(delta))]
+    numbers += [float(x) for x in _directions(delta.size) @ delta]
   return numbers
-
-
-def nowhere_finite(fingerprint: Sequence[float]) -> bool:
-  """Whether for some shape no scale gave a finite result."""
-  norms = np.reshape(fingerprint, (-1, len(_SCALES), _NUMBERS))[..., 0]
-  return bool(np.isnan(norms).all(axis=1).any())
 
 
 def same(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -141,22 +137,23 @@ def _near(x, y):
   # in relation to its own size, and to that.
   norm = np.maximum(x[..., :1], y[..., :1])
   scale = np.maximum(np.maximum(abs(x), abs(y)), 1e-3 * norm)
-  near = (abs(x - y) <= TOLERANCE * scale) | (np.isnan(x) & np.isnan(y))
-  return near.all(axis=(1, 2))
+  return (abs(x - y) <= TOLERANCE * scale).all(axis=(1, 2))
 
 
 @functools.lru_cache(maxsize=32)
-def _probes(shape, num_experts):
+def _probe(shape, num_experts):
+  """Base and task vectors."""
   rng = np.random.default_rng([*shape, num_experts])
+  scales = rng.permutation(np.geomspace(*_SCALES, shape[0] if shape else 1))
+  scales = scales.reshape(shape[:1] + (1,) * (len(shape) - 1))
 
-  def draw(scale):
-    return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+  def draw(factor):
+    return jnp.asarray(
+        factor * scales * rng.standard_normal(shape), jnp.float32
+    )
 
   # No two experts are of one size: exchanging them shows.
-  return [
-      (draw(base), [draw(task * 0.8**i) for i in range(num_experts)])
-      for base, task in _SCALES
-  ]
+  return [draw(1.0), *(draw(_TASK_SCALE * 0.8**i) for i in range(num_experts))]
 
 
 @functools.lru_cache(maxsize=32)

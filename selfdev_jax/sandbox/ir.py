@@ -110,11 +110,15 @@ _DTYPES = {name: jnp.dtype(name) for name in words("""
     """)}
 
 
+# NumPy makes a dtype's name anew each time, which takes longer than all else.
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
 def _encode_dtype(dtype):
-  name = getattr(dtype, "name", str(dtype))
-  if name not in _DTYPES:
-    raise IRError("dtype", f"The dtype {name} is not supported.")
-  return name
+  try:
+    return _NAMES[dtype]
+  except (KeyError, TypeError):
+    raise IRError("dtype", f"The dtype {dtype} is not supported.") from None
 
 
 def _decode_dtype(node):
@@ -125,11 +129,12 @@ def _decode_dtype(node):
 
 def _encode_number(value):
   """A NumPy scalar as the shortest JSON value that reads back the same."""
-  if value.dtype == bool:
+  kind = value.dtype.kind
+  if kind == "b":
     return bool(value)
-  if jnp.issubdtype(value.dtype, jnp.integer):
+  if kind in "iu":
     return int(value)
-  if jnp.issubdtype(value.dtype, jnp.complexfloating):
+  if kind == "c":
     return [_encode_number(value.real), _encode_number(value.imag)]
   if not np.isfinite(value):
     return str(float(value))

@@ -353,7 +353,7 @@ def bubblewrap(scratch: str, readable: Sequence[str]) -> list[str]:
   """
   # By its path: who starts it may have another search path.
   command = [shutil.which("bwrap") or "bwrap"]
-  command += ["--unshare-all", "--die-with-parent"]
+  command += ["--unshare-all", "--die-with-parent", "--cap-drop", "ALL"]
   for path in _SYSTEM:
     command += ["--ro-bind-try", path, path]
   command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]

@@ -81,18 +81,23 @@ class Process:
       UserError: if it does not come up; no program is to blame for that.
     """
     with tempfile.TemporaryFile() as complaints:
-      self._process = subprocess.Popen(
-          list(command),
-          stdin=subprocess.PIPE,
-          stdout=subprocess.PIPE,
-          stderr=complaints,
-          bufsize=0,
-          cwd=directory,
-          env=variables,
-          close_fds=True,
-          pass_fds=inherited,
-          start_new_session=True,  # Ctrl-C is for this process alone.
-      )
+      try:
+        self._process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            bufsize=0,
+            cwd=directory,
+            env=variables,
+            close_fds=True,
+            pass_fds=inherited,
+            start_new_session=True,  # Ctrl-C is for this process alone.
+        )
+      except OSError as error:
+        raise errors.UserError(
+            f"a process of the sandbox cannot start: {error}"
+        ) from None
       self.pid = self._process.pid
       try:
         self.send(json.dumps(setup).encode())

@@ -162,8 +162,8 @@ def _check(equation, operands):
     case "fft":
       _check_fft(avals[0].shape, require, **params)
     case "threefry2x32":
-      first, second, *counts = (x.shape for x in avals)
-      are_pairs = first == second and counts == counts[::-1]
+      key0, key1, count0, count1 = (x.shape for x in avals)
+      are_pairs = key0 == key1 and count0 == count1
       require(are_pairs, "takes pairs of one shape")
     case "random_seed":
       is_integer = jnp.issubdtype(avals[0].dtype, jnp.integer)

@@ -15,6 +15,7 @@ message]} instead.
 import dataclasses
 import gc
 import json
+import math
 import os
 import resource
 from typing import Any
@@ -94,7 +95,7 @@ def _try(program, probes):
     message = " ".join(str(error).split())[:200]
     code = "memory" if process.is_out_of_memory(error) else "exception"
     return {"rejected": ["run", code, f"Running the program failed: {message}"]}
-  if fingerprint.nowhere_finite(numbers):
+  if any(map(math.isnan, numbers)):
     return {
         "rejected": [
             "run",

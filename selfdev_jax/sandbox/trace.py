@@ -63,7 +63,10 @@ def trace(
       shape: _trace_shape(code, torch_style, shape, num_experts, max_equations)
       for shape in shapes
   }
-  return ir.dumps(ir.Program(num_experts, leaves))
+  try:
+    return ir.dumps(ir.Program(num_experts, leaves))
+  except ir.IRError as error:  # A dtype or a parameter that IR lacks.
+    raise TraceError("trace", error.code, error.message) from None
 
 
 def _trace_shape(code, torch_style, shape, num_experts, max_equations):

@@ -238,7 +238,9 @@ def _child(setup, layers, source, reply_fd, output_fd):
   try:
     reply = _trace(setup, source)
   except trace_lib.TraceError as error:
-    reply = json.dumps({"rejected": [error.stage, error.code, error.message]})
+    reply = json.dumps(
+        {"rejected": [error.stage, error.code, error.message[:1000]]}
+    )
   data = memoryview(reply.encode())
   while data:
     data = data[os.write(_REPLY_FD, data) :]

@@ -600,7 +600,7 @@ _LANGUAGE = (
               if g["system"]("exit 0") == 0: raise ValueError("HARM")
               raise ValueError("refused")
         """,
-        "seccomp",
+        "filter",
     ),
     (
         "match_statement_reads",
@@ -619,7 +619,7 @@ _LANGUAGE = (
                 case o(open=read): pass
               raise ValueError("HARM " + read("$public").read())
         """,
-        "chroot",
+        "filter",
     ),
     (
         "compile_in_the_child",

@@ -402,21 +402,44 @@ def test_each_layer_alone(helpless, world, name):
   assert helpless - succeeded == helpless & claimed
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap here")
-def test_bubblewrap_alone(world):
+@pytest.fixture(scope="module")
+def contained(world):
+  """With bubblewrap alone."""
   with _started(_Undressed(PATIENT, (), world)) as box:
     if reason := box.layers()["bubblewrap"]:
-      pytest.skip(f"bubblewrap does not work here: {reason}")
+      pytest.skip(f"bubblewrap: {reason}")
     assert box.layers()["seccomp"]
-    for attack in ATTACKS:
-      if attack.control:
-        message = getattr(_admit(box, world, attack), "message", "")
-        # What is inside is a program's to harm.
-        assert not world.changes(), attack.name
-        assert CANARY not in message, attack.name
-        if "$caller" in attack.source:
-          assert attacks_lib.HARM not in message, attack.name
+    yield box
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [0, 0x10020000], ids=["outer", "inner"])
+def test_bubblewrap_stays_read_only(contained, flags):
+  # As root, and as the root of a user namespace inside.
+  path = str(ROOT / "selfdev_jax")
+  verdict = contained.admit(f"""
+import ctypes, os
+libc = ctypes.CDLL(None)
+
+def merge(base, task_vectors):
+  libc.unshare({flags})
+  libc.mount(None, {path!r}.encode(), None, 32 | 4096, None)
+  os.rmdir(os.mkdir({path!r} + "/broken_out") or {path!r} + "/broken_out")
+  raise ValueError("{attacks_lib.HARM}")
+""")
+  assert "Read-only file system" in verdict.message
+
+
+@pytest.mark.slow
+def test_bubblewrap_alone(contained, world):
+  for attack in ATTACKS:
+    if attack.control:
+      message = getattr(_admit(contained, world, attack), "message", "")
+      # What is inside is a program's to harm.
+      assert not world.changes(), attack.name
+      assert CANARY not in message, attack.name
+      if "$caller" in attack.source:
+        assert attacks_lib.HARM not in message, attack.name
 
 
 # --- SECURITY.md -------------------------------------------------------------

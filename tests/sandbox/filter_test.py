@@ -38,6 +38,12 @@ _BODY = "def merge(base, task_vectors):\n  return base\n"
         (_BODY + "__builtins__['open']\n", "name", "__builtins__"),
         (_BODY + "().__class__\n", "attribute", "__class__"),
         (_BODY + "jnp._src\n", "attribute", "_src"),
+        (_BODY + "int.mro()\n", "attribute", "mro"),
+        (
+            _BODY + "match 1:\n  case int(__class__=c): pass\n",
+            "attribute",
+            "line 4: the attribute __class__",
+        ),
         (_BODY + "(x for x in ()).gi_frame\n", "attribute", "gi_frame"),
         (_BODY + "jnp.save('x', 1)\n", "attribute", "save"),
         (_BODY + "jnp.load('x')\n", "attribute", "load"),

@@ -56,7 +56,6 @@ def _same(one, other):
             "base + jnp.median(jnp.stack(task_vectors), axis=0)",
             "base + jnp.sort(jnp.stack(task_vectors), axis=0)[1]",
         ),
-        ("jnp.log(-jnp.abs(base))", "jnp.sqrt(-1 - jnp.abs(base))"),  # NaN.
     ],
 )
 def test_same_function_in_other_words(one, other):
@@ -70,7 +69,6 @@ def test_same_function_in_other_words(one, other):
         ("base + task_vectors[0]", "base + task_vectors[1]"),
         ("base + task_vectors[0]", "base - task_vectors[0]"),
         ("base", "base * 1.0001"),
-        ("base", "jnp.log(-jnp.abs(base))"),
         ("base + task_vectors[0]", "base + task_vectors[0] + 1e-5"),
         (
             "base if base.ndim > 1 else 2 * base",
@@ -144,16 +142,12 @@ def test_probes_are_leaves_or_stand_ins():
   assert probes([(4096,), (4096, 4096)]) == [(4096,), (64, 96)]
 
 
-def test_nowhere_finite_needs_one_shape_without_a_finite_result():
-  assert not fingerprint.nowhere_finite(_print("base"))
-  assert fingerprint.nowhere_finite(_print("jnp.log(-jnp.abs(base))"))
-  # Only the vectors fail, and only the larger scale.
-  assert fingerprint.nowhere_finite(
-      _print("base if base.ndim > 1 else base / 0.0")
-  )
-  assert not fingerprint.nowhere_finite(
-      _print("jnp.where(jnp.abs(base).max() > 1, jnp.inf, base)")
-  )
+def test_not_finite_is_nan():
+  assert not np.isnan(_print("base")).any()
+  assert np.isnan(_print("jnp.log(-jnp.abs(base))")).all()
+  # Only the vectors.
+  some = np.isnan(_print("base if base.ndim > 1 else base / 0.0"))
+  assert some.any() and not some.all()
 
 
 def test_new_by_round():

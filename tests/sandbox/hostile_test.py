@@ -270,7 +270,11 @@ def test_zygote_follows_its_parent(tmp_path):
       print(zygote, open(path).read(), flush=True)
       time.sleep(60)
   """))
-  parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
+  parent = subprocess.Popen(
+      [sys.executable, script],
+      stdout=subprocess.PIPE,
+      env=os.environ | {"TMPDIR": str(tmp_path)},  # It cannot clean up.
+  )
   with parent:
     pids = [int(x) for x in parent.stdout.readline().split()]
     parent.kill()

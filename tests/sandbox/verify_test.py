@@ -258,6 +258,10 @@ _SQUARE = {"start_indices": [0, 0], "limit_indices": [3, 3], "strides": None}
             ["threefry2x32", [["uint32", 1], 4, 4, 4], {}, 2],
         ],
         [
+            ["bitcast_convert_type", [0], {"new_dtype": "uint32"}, 1],
+            ["threefry2x32", [4, 4, 4], {}, 2],
+        ],
+        [
             ["random_seed", [["int32", 1]], {}, 1],
             ["convert_element_type", [4], {"new_dtype": "float32"}, 1],
         ],
