@@ -50,7 +50,10 @@ def run(
       _fail(str(error))
     except KeyboardInterrupt:
       print(f"\n{_INTERRUPTED}", file=sys.stderr)
-      sys.exit(130)
+      # XLA's threads may still compute: Python's own end has crashed on them.
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(130)
     except (OSError, sqlite3.OperationalError) as error:
       is_full = getattr(error, "errno", None) == errno.ENOSPC
       if is_full or _DISK_FULL in str(error):
