@@ -8,8 +8,8 @@ norms, ranks, noise, loops); no two are alike, all are admitted. They are for
 the six leaf kinds of Mistral-7B, of whose weights nothing is needed. The last
 line is JSON:
 
-  programs_per_s     admitted in the second half, with all cores of this machine;
-                     in the first, primitives are compiled for the probes
+  programs_per_s     admitted in the second half, on all cores; in the first,
+                     primitives are compiled for the probes
   screen_over_cold   CPU time of a program's admission (traced, verified and
                      run op by op on probes) / of compiling it for each leaf
                      kind, without a cache
@@ -153,7 +153,7 @@ def _admit(box, sources):
   """(admitted, programs a second, CPU seconds a program, growth)."""
   tenth, half = len(sources) // 10, len(sources) // 2
   box.layers()
-  list(box.admit_all(sources[:4]))  # Starts every lane.
+  list(box.admit_all(sources[:20]))  # Starts every lane.
   busy, admitted, start = _cpu_seconds(), [], time.monotonic()
   with progress.bar("Admitting", len(sources), "program") as bar:
     for i, verdict in enumerate(box.admit_all(sources)):
@@ -224,7 +224,7 @@ def _memory():
 
 
 def _compile(programs, leaf_kinds, directory):
-  """Median CPU seconds a program over all kinds: cold, and cached."""
+  """Mean CPU seconds of a program over all kinds: cold, and cached."""
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   times = {None: [], str(directory): [], "again": []}

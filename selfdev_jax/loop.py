@@ -258,13 +258,7 @@ def _check_for_vllm(loaded: Models):
         f"the seed model has tensors of {' and '.join(sorted(dtypes))}, vLLM"
         " serves one dtype; use --config.sampler=jax"
     )
-  if jax.default_backend() == "gpu" and (
-      os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") != "false"
-  ):
-    progress.note(
-        "JAX takes most of the GPU's memory ahead of vLLM: set"
-        " XLA_PYTHON_CLIENT_PREALLOCATE=false"
-    )
+  _check_shared_device("vLLM")
 
 
 def _load(config, paths, stack: contextlib.ExitStack) -> Models:
@@ -275,15 +269,32 @@ def _load(config, paths, stack: contextlib.ExitStack) -> Models:
   for name, path in experts.items():
     for difference in _differences(decoder, convert.read_config(path)):
       progress.note(f"expert {name} {difference}")
-  merges = stack.enter_context(
-      runner.Runner(
-          seed, seed_path, experts, config.merge.scope, config.merge.timeout_s
-      )
-  )
+  scope = config.merge.scope
+  if jax.default_backend() == "tpu":
+    progress.note(
+        "one process has the TPU: merges run in this one, without a watchdog"
+    )
+    trees = {name: convert.load(path)[1] for name, path in experts.items()}
+    merges = runner.Merges(seed, trees, scope)
+  else:
+    _check_shared_device("the process that merges")
+    merges = stack.enter_context(
+        runner.Runner(seed, seed_path, experts, scope, config.merge.timeout_s)
+    )
   for note in merges.notes:
     progress.note(note)
   tokenizer = convert.load_tokenizer(seed_path)
   return Models(decoder, seed, merges, tokenizer, seed_path)
+
+
+def _check_shared_device(other: str):
+  if jax.default_backend() == "gpu" and (
+      os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") != "false"
+  ):
+    progress.note(
+        f"JAX takes most of the GPU's memory ahead of {other}: set"
+        " XLA_PYTHON_CLIENT_PREALLOCATE=false"
+    )
 
 
 def _differences(
@@ -477,11 +488,11 @@ class _Run:
     ):
       extracted = [self._extract(completion) for completion in waiting]
       sources = [x for x in extracted if isinstance(x, str)]
-      answers = self._box.admit_all(sources)
-      for completion, source in zip(waiting, extracted, strict=True):
-        is_source = isinstance(source, str)
-        self._keep(completion, source, next(answers) if is_source else source)
-        bar.update()
+      with contextlib.closing(self._box.admit_all(sources)) as answers:
+        for completion, source in zip(waiting, extracted, strict=True):
+          is_source = isinstance(source, str)
+          self._keep(completion, source, next(answers) if is_source else source)
+          bar.update()
 
   def _extract(self, completion: records.Completion) -> str | sandbox.Rejection:
     """The program in a completion, or why there is none."""
@@ -527,8 +538,12 @@ class _Run:
     """Scores programs on the development set; known ones are not run again."""
     names = list(map(_program, digests))
     self._score_all(arm, t, "evaluate", records.DEV, names)
+    # What the arm admitted and does the same as what it has paid for.
     admitted = [v.digest for v in self._verdicts(arm, t) if v.admitted]
-    self._reuse(list(map(_program, dict.fromkeys(admitted))), records.DEV)
+    self._reuse(
+        list(map(_program, dict.fromkeys(admitted))),
+        list(map(_program, self._evaluated(arm, t))),
+    )
 
   # Scores.
 
@@ -543,7 +558,8 @@ class _Run:
       self, arm: str, t: int, stage: str, split: str, names: Sequence[str]
   ):
     """Scores the named merges that have no score on that split yet."""
-    self._reuse(names, split)
+    if split == records.DEV:  # On the test set each gives its own answers.
+      self._reuse(names, list(self._archive.scores(split)))
     known = self._archive.scores(split)
     missing = [name for name in names if name not in known]
     if not missing:
@@ -557,28 +573,33 @@ class _Run:
         self._score(name, split)
         bar.update()
 
-  def _reuse(self, names: Sequence[str], split: str):
-    """Gives programs the scores of those that do the same, where there are."""
-    known = self._archive.scores(split)
-    scored = [
-        model
-        for model, score in known.items()
-        if model.startswith(records.PROGRAM) and not score.reused
-    ]
-    new = [n for n in names if n.startswith(records.PROGRAM) and n not in known]
-    if not scored or not new:
+  def _reuse(self, names: Sequence[str], models: Sequence[str]):
+    """Gives programs the dev scores of those that do the same.
+
+    Args:
+      names: those that have a score are left alone.
+      models: whose scores may be taken, in this order.
+    """
+    known = self._archive.scores(records.DEV)
+    is_program = lambda name: name.startswith(records.PROGRAM)
+    new = [n for n in names if is_program(n) and n not in known]
+    scored = [m for m in models if is_program(m)]
+    if not new or not scored:
       return
     prints = self._archive.fingerprints()
-    both = [*scored, *new]
     first = sandbox.first_alike(
-        [prints[name.removeprefix(records.PROGRAM)] for name in both]
+        [prints[n.removeprefix(records.PROGRAM)] for n in (*scored, *new)]
     )
     for name, i in zip(new, first[len(scored) :], strict=True):
       if i < len(scored):
         score = known[scored[i]]
         self._archive.add_score(
             dataclasses.replace(
-                score, model=name, merge_s=0.0, evaluate_s=0.0, reused=scored[i]
+                score,
+                model=name,
+                merge_s=0.0,
+                evaluate_s=0.0,
+                reused=score.reused or score.model,
             )
         )
 
@@ -779,10 +800,10 @@ class _Run:
     distinct = list(dict.fromkeys(chosen))
     self._score_all(records.LOOP, 0, "best", records.TEST, distinct)
 
-  def _evaluated(self, arm: str) -> list[str]:
-    """Digests that an arm paid for, in order."""
+  def _evaluated(self, arm: str, until: int | None = None) -> list[str]:
+    """Digests that count for an arm up to an iteration, or in all, in order."""
     digests = []
-    for t in range(1, self._config.iterations + 1):
+    for t in range(1, (until or self._config.iterations) + 1):
       budget = len(self._new_programs(records.LOOP, t))
       digests += self._new_programs(arm, t)[:budget]
     return digests
@@ -792,7 +813,13 @@ class _Run:
     dev = self._archive.scores(records.DEV)
     programs = map(_program, self._evaluated(records.LOOP))
     for name in _best(dev, programs, 1):
-      params = self._merge(name).params
+      params, failure = self._merge(name)
+      if failure:
+        raise errors.UserError(
+            f"the best program, {name}, was merged before and now is not"
+            f" ({failure}); free memory or raise merge.timeout_s, the same"
+            " command resumes"
+        )
       convert.save(
           self._archive.workdir / "best",
           self._models.decoder,

@@ -6,7 +6,8 @@
       merge = build(verdict.program)  # A function of JAX arrays.
 
 A program is never executed in the calling process, nor parsed there, and what
-comes of it is not either before it has been verified:
+comes of it is read there only after it was verified, but for a reason in words
+why there is nothing:
 
   zygote    warm, without secrets, weights or data; forks a child for each
             program, which enters the layers of `layers`, traces the program on
@@ -20,12 +21,14 @@ All but the caller can be lost: they are killed when they take too long, and
 started again. SECURITY.md says what is covered, by which test, and what is not.
 """
 
+import collections
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import queue
@@ -94,7 +97,8 @@ class Admitted:
       digests: the same function.
     stats: "equations", "flops", "peak_multiple", "peak_bytes" and "constants",
       each the largest over the shapes.
-    fingerprint: of what it does to fixed tensors; `first_alike` compares.
+    fingerprint: of what it does to fixed tensors, compared by `first_alike`;
+      empty where it cannot do for a shape that stands in for a large one.
   """
 
   program: str
@@ -149,9 +153,12 @@ class _Lane:
     self._screened += 1
     if self._screened > _SCREENED:
       self._stop("screener")
-      self._screened = 1
     try:
       answer = self._twice("screener", ask)
+      if answer.get("rejected", [""] * 3)[1] in ("memory", "exception"):
+        # What it did before need not be this program's fault.
+        self._stop("screener")
+        answer = self._twice("screener", ask)
     except LostError as error:
       return _lost(stage, error.code, limits)
     if "rejected" in answer:
@@ -170,16 +177,20 @@ class _Lane:
       self._stop(name)
     if name not in self._running:
       self._running[name] = self._start[name]()
+      if name == "screener":
+        self._screened = 1
     return self._running[name]
 
   def _twice(self, name, ask):
-    """Asks; once more where the process died, which need not be its fault."""
+    """Asks; once more where the process was lost.
+
+    It need not be the program's fault: the machine may be busy, and the first
+    to use a primitive waits until it is compiled.
+    """
     try:
       return ask(self.start(name))
-    except LostError as error:
+    except LostError:
       self._stop(name)
-      if error.code == "timeout":
-        raise
     try:
       return ask(self.start(name))
     except LostError:
@@ -187,7 +198,8 @@ class _Lane:
       raise
 
   def _stop(self, name):
-    self._running.pop(name).stop()
+    if name in self._running:
+      self._running.pop(name).stop()
 
 
 class Sandbox:
@@ -211,7 +223,8 @@ class Sandbox:
     self._limits = limits
     shapes = list(dict.fromkeys(tuple(map(int, s)) for s in shapes))
     self._probes = fingerprint.probe_shapes(shapes)
-    self._shapes = list(dict.fromkeys([*shapes, *self._probes]))
+    self._shapes = shapes
+    self._stand_ins = [s for s in self._probes if s not in shapes]
     self._num_experts = num_experts
     self._allow_weak = allow_weak
     self._lock = threading.Lock()  # Around the next two.
@@ -271,11 +284,18 @@ class Sandbox:
     Yields:
       The verdicts in the order of the sources.
     """
+    sources = iter(sources)
     with concurrent.futures.ThreadPoolExecutor(len(self._lanes)) as pool:
-      futures = [pool.submit(self.admit, source) for source in sources]
+      ahead = 4 * len(self._lanes)
+      futures = collections.deque(
+          pool.submit(self.admit, s) for s in itertools.islice(sources, ahead)
+      )
       try:
-        for future in futures:
-          yield future.result()
+        while futures:
+          yield futures.popleft().result()
+          futures.extend(
+              pool.submit(self.admit, s) for s in itertools.islice(sources, 1)
+          )
       finally:
         for future in futures:
           future.cancel()
@@ -300,7 +320,7 @@ class Sandbox:
       self._free.put(lane)
 
   def _start_zygote(self) -> Process:
-    scratch = self._directory()
+    scratch = self._directory("zygote")
     readable = [sys.prefix, sys.base_prefix, str(ROOT / "selfdev_jax")]
     with self._lock:
       if self._bubblewrap is None:
@@ -313,6 +333,7 @@ class Sandbox:
         else [sys.executable, layers_lib.__file__, *python],
         {
             "shapes": self._shapes,
+            "stand_ins": self._stand_ins,
             "num_experts": self._num_experts,
             "timeout_s": limits.timeout_s,
             "memory_bytes": limits.memory_bytes,
@@ -340,7 +361,8 @@ class Sandbox:
   def _start_screener(self) -> Process:
     compiled = cache.directory() / "screen"
     compiled.mkdir(parents=True, exist_ok=True)
-    scratch = self._directory()
+    # Not the zygote's, where a program may have left something.
+    scratch = self._directory("screener")
     return Process(
         [sys.executable, *_SCREENER],
         {
@@ -354,11 +376,13 @@ class Sandbox:
         scratch,
     )
 
-  def _directory(self) -> str:
+  def _directory(self, name: str) -> str:
     with self._lock:
       if self._scratch is None:
         self._scratch = tempfile.TemporaryDirectory(prefix="selfdev_sandbox_")
-      return self._scratch.name
+      directory = os.path.join(self._scratch.name, name)
+      os.makedirs(directory, mode=0o700, exist_ok=True)
+      return directory
 
 
 def _lost(stage: str, status: str, limits: config_lib.Sandbox) -> Rejection:

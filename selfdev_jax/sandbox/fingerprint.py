@@ -40,26 +40,30 @@ def probe_shapes(
   """The shapes that programs for `shapes` are probed with.
 
   Returns:
-    For each rank the largest shape of at most 8,192 elements, or where there
-    is none a stand-in that is not among `shapes`.
+    For each rank, and for matrices with more rows than columns apart, the
+    largest shape of at most 8,192 elements, or where there is none a stand-in.
   """
   found = {}
   for shape in sorted(shapes, key=math.prod):
+    rank = len(shape)
+    is_tall = rank == 2 and shape[0] > shape[1]
     if math.prod(shape) <= _MAX_ELEMENTS:
-      found[len(shape)] = shape
+      found[rank, is_tall] = shape
     else:
-      rank = len(shape)
-      found.setdefault(rank, _STAND_INS.get(rank, (4,) * rank))
+      stand_in = _STAND_INS.get(rank, (4,) * rank)
+      stand_in = stand_in[::-1] if is_tall else stand_in
+      found.setdefault((rank, is_tall), stand_in)
   return list(found.values())
 
 
 def compute(
-    program: ir.Program, shapes: Sequence[tuple[int, ...]]
+    blocks: Mapping[tuple[int, ...], ir.Block],
+    shapes: Sequence[tuple[int, ...]],
 ) -> list[float]:
   """Runs a program op by op, which compiles primitives and not programs.
 
   Args:
-    program: verified, with a block for each of `shapes`.
+    blocks: verified, one for each of `shapes`.
     shapes: from `probe_shapes`.
 
   Returns:
@@ -68,8 +72,9 @@ def compute(
   """
   numbers = []
   for shape in shapes:
-    base, *task_vectors = _probe(shape, program.num_experts)
-    (merged,) = _run(program.leaves[shape], [base, *task_vectors])
+    block = blocks[shape]
+    base, *task_vectors = _probe(shape, block.inputs - 1)
+    (merged,) = _run(block, [base, *task_vectors])
     merged, base = (np.asarray(x, np.float64) for x in (merged, base))
     delta = (merged - base).ravel()
     # Not finite is one thing, whichever it is.

@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import pathlib
+import select
 import subprocess
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -14,8 +16,15 @@ from selfdev_jax import errors
 from selfdev_jax.sandbox import wire
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Nothing is imported from where a process happens to be, or from a home.
+PYTHON = {
+    "PYTHONNOUSERSITE": "1",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONSAFEPATH": "1",
+}
 _START_S = 120.0  # Importing JAX on a busy machine.
 _MAX_HELLO_BYTES = 1 << 16
+_MAX_WORDS = 1 << 12
 
 
 class LostError(Exception):
@@ -23,11 +32,25 @@ class LostError(Exception):
 
   Attributes:
     code: "timeout" or "crash".
+    words: the last line that it wrote to stderr, perhaps empty.
   """
 
-  def __init__(self, code: str):
+  def __init__(self, code: str, words: str):
     super().__init__(code)
     self.code = code
+    self.words = words
+
+
+def exit_with_caller() -> None:
+  """Ends this process when its stdin ends, in whatever it is then."""
+
+  def watch():
+    poll = select.poll()
+    poll.register(0, 0)  # Of itself it tells of the other side's end.
+    poll.poll()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def environment(home: str, **more: str) -> dict[str, str]:
@@ -39,7 +62,7 @@ def environment(home: str, **more: str) -> dict[str, str]:
       "OMP_NUM_THREADS": "1",
       "OPENBLAS_NUM_THREADS": "1",
       "PATH": os.defpath,
-      "PYTHONPATH": str(ROOT),
+      **PYTHON,
       **more,
   }
 
@@ -80,39 +103,37 @@ class Process:
     Raises:
       UserError: if it does not come up; no program is to blame for that.
     """
-    with tempfile.TemporaryFile() as complaints:
-      try:
-        self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            bufsize=0,
-            cwd=directory,
-            env=variables,
-            close_fds=True,
-            pass_fds=inherited,
-            start_new_session=True,  # Ctrl-C is for this process alone.
-        )
-      except OSError as error:
-        raise errors.UserError(
-            f"a process of the sandbox cannot start: {error}"
-        ) from None
-      self.pid = self._process.pid
-      try:
-        self.send(json.dumps(setup).encode())
-        self.hello = json.loads(self.receive(_MAX_HELLO_BYTES, start_s))
-      except LostError:
-        complaints.seek(0)
-        lines = complaints.read().decode(errors="replace").splitlines()
-        reason = lines[-1][:300] if lines else "no answer"
-        raise errors.UserError(
-            f"a process of the sandbox cannot start ({reason}); try"
-            f" {' '.join(command)}"
-        ) from None
-      except BaseException:
-        self.stop()
-        raise
+    self._complaints = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+      self._process = subprocess.Popen(
+          list(command),
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          stderr=self._complaints,
+          bufsize=0,
+          cwd=directory,
+          env=variables,
+          close_fds=True,
+          pass_fds=inherited,
+          start_new_session=True,  # Ctrl-C is for this process alone.
+      )
+    except OSError as error:
+      self._complaints.close()
+      raise errors.UserError(
+          f"a process of the sandbox cannot start: {error}"
+      ) from None
+    self.pid = self._process.pid
+    try:
+      self.send(json.dumps(setup).encode())
+      self.hello = json.loads(self.receive(_MAX_HELLO_BYTES, start_s))
+    except LostError as error:
+      raise errors.UserError(
+          "a process of the sandbox cannot start"
+          f" ({error.words or 'no answer'}); try {' '.join(command)}"
+      ) from None
+    except BaseException:
+      self.stop()
+      raise
 
   def is_alive(self) -> bool:
     return self._process.poll() is None
@@ -126,8 +147,7 @@ class Process:
     try:
       wire.send(self._process.stdin.fileno(), message)
     except OSError:
-      self.stop()
-      raise LostError("crash") from None
+      raise self._lost("crash") from None
 
   def receive(self, max_bytes: int, timeout_s: float) -> bytes:
     """Waits for a message, of at most `max_bytes`.
@@ -141,11 +161,9 @@ class Process:
           self._process.stdout.fileno(), max_bytes, time.monotonic() + timeout_s
       )
     except wire.WireTimeoutError:
-      self.stop(0.0)
-      raise LostError("timeout") from None
+      raise self._lost("timeout", patience_s=0.0) from None
     except wire.WireError:
-      self.stop()
-      raise LostError("crash") from None
+      raise self._lost("crash") from None
 
   def stop(self, patience_s: float = 2.0) -> None:
     """Ends it, and with it what it runs. May be called again.
@@ -162,3 +180,14 @@ class Process:
       self._process.kill()
       self._process.wait()
     self._process.stdout.close()
+    self._complaints.close()
+
+  def _lost(self, code, patience_s=2.0):
+    size = os.fstat(self._complaints.fileno()).st_size
+    tail = os.pread(
+        self._complaints.fileno(), _MAX_WORDS, max(0, size - _MAX_WORDS)
+    )
+    self.stop(patience_s)
+    lines = tail.decode(errors="replace").split("\n")
+    words = next((x for x in reversed(lines) if x.strip()), "")
+    return LostError(code, words[:300])

@@ -211,12 +211,17 @@ class Runner:
           f"the process that merges was lost ({error.code}) over"
           f" {json.dumps(request)[:80]}; free memory or raise"
           " merge.timeout_s, the same command resumes"
+          + (f". It said: {error.words}" if error.words else "")
       ) from None
 
   def _ask(self, request) -> Merged:
     process = self._start()
-    process.send(json.dumps(request).encode())
-    answer = json.loads(process.receive(_MAX_ANSWER_BYTES, self._timeout_s))
+    try:
+      process.send(json.dumps(request).encode())
+      answer = json.loads(process.receive(_MAX_ANSWER_BYTES, self._timeout_s))
+    except BaseException:
+      process.stop(0.0)  # Else its answer would be the next request's.
+      raise
     if answer["failure"]:
       return Merged(None, answer["failure"])
     leaves = list(self._leaves)
@@ -240,7 +245,7 @@ class Runner:
           for name, value in os.environ.items()
           if name.startswith(_VARIABLES)
       }
-      variables["PYTHONPATH"] = str(process_lib.ROOT)
+      variables |= process_lib.PYTHON
       # Two processes share the device.
       variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
       self._process = process_lib.Process(
@@ -286,6 +291,7 @@ def main() -> None:
     file.write("1000")
   try:
     setup = _Setup(**json.loads(wire.receive(0, _MAX_REQUEST_BYTES)))
+    process_lib.exit_with_caller()
     try:
       seed, merges = _load(setup)
     except errors.UserError as error:

@@ -12,7 +12,6 @@ then, if that went well, of the probes. Either is {"rejected": [stage, code,
 message]} instead.
 """
 
-import dataclasses
 import gc
 import json
 import math
@@ -26,7 +25,6 @@ import jax.numpy as jnp
 
 from selfdev_jax import config as config_lib
 from selfdev_jax.sandbox import fingerprint
-from selfdev_jax.sandbox import ir
 from selfdev_jax.sandbox import process
 from selfdev_jax.sandbox import verify as verify_lib
 from selfdev_jax.sandbox import wire
@@ -39,8 +37,8 @@ class Setup(NamedTuple):
   """What holds for every program."""
 
   limits: dict[str, Any]  # Of `config.Sandbox`.
-  shapes: list[list[int]]  # Those of `fingerprint.probe_shapes` among them.
-  probes: list[list[int]]
+  shapes: list[list[int]]
+  probes: list[list[int]]  # What `fingerprint.probe_shapes` makes of them.
   num_experts: int
   cache: str  # Where XLA keeps what it has compiled.
 
@@ -51,6 +49,7 @@ def main() -> None:
     setup = Setup(**json.loads(wire.receive(0, _MAX_SETUP_BYTES)))
     limits = config_lib.Sandbox(**setup.limits)
     _prepare(setup, limits)
+    process.exit_with_caller()
     wire.send(1, b"{}")
     while True:
       text = wire.receive(0, limits.ir_bytes)
@@ -76,19 +75,29 @@ def _prepare(setup, limits):
 
 
 def _answers(text, setup, limits):
-  shapes = [tuple(shape) for shape in setup.shapes]
+  shapes, probes = (
+      [tuple(shape) for shape in kind] for kind in (setup.shapes, setup.probes)
+  )
   try:
-    verified = verify_lib.verify(text, limits, shapes, setup.num_experts)
+    verified = verify_lib.verify(
+        text, limits, shapes, setup.num_experts, probes
+    )
   except verify_lib.VerifyError as error:
     yield {"rejected": ["verify", error.code, error.message]}
     return
-  yield dataclasses.asdict(verified)
-  yield _try(verified.program, [tuple(shape) for shape in setup.probes])
+  yield {
+      "program": verified.program,
+      "digest": verified.digest,
+      "stats": verified.stats,
+  }
+  yield _try(verified.blocks, probes)
 
 
-def _try(program, probes):
+def _try(blocks, probes):
+  # A stand-in is nothing that a program has to do for.
+  done = [shape for shape in probes if shape in blocks]
   try:
-    numbers = fingerprint.compute(ir.loads(program), probes)
+    numbers = fingerprint.compute(blocks, done)
   except Exception as error:
     # What passed the verifier can still be more than XLA compiles or this
     # process may hold.
@@ -104,7 +113,7 @@ def _try(program, probes):
             " and logarithms, for example with + 1e-8.",
         ]
     }
-  return {"fingerprint": numbers}
+  return {"fingerprint": numbers if done == probes else []}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Traces a program into IR. Runs generated Python: only in a zygote's child."""
 
+from collections.abc import Sequence
+import contextlib
 import re
 import traceback
 
@@ -36,6 +38,7 @@ def trace(
     shapes: list[tuple[int, ...]],
     num_experts: int,
     max_equations: int,
+    stand_ins: Sequence[tuple[int, ...]] = (),
 ) -> str:
   """Filters a program and traces it once for every shape.
 
@@ -44,6 +47,7 @@ def trace(
     shapes: of `base`, without repetition.
     num_experts: length of `task_vectors`.
     max_equations: more are refused, counted per shape.
+    stand_ins: other shapes; those that the program cannot do are left out.
 
   Returns:
     JSON text of an `ir.Program`, not yet verified.
@@ -63,6 +67,11 @@ def trace(
       shape: _trace_shape(code, torch_style, shape, num_experts, max_equations)
       for shape in shapes
   }
+  for shape in stand_ins:
+    with contextlib.suppress(TraceError):
+      leaves[shape] = _trace_shape(
+          code, torch_style, shape, num_experts, max_equations
+      )
   try:
     return ir.dumps(ir.Program(num_experts, leaves))
   except ir.IRError as error:  # A dtype or a parameter that IR lacks.

@@ -49,11 +49,15 @@ class Verified:
     digest: of its canonical form.
     stats: "equations", "flops", "peak_bytes", "peak_multiple" (of its input)
       and "constants", each the largest over the shapes.
+    blocks: of every shape, stand-ins among them, with avals.
   """
 
   program: str
   digest: str
   stats: dict[str, float]
+  blocks: dict[tuple[int, ...], ir.Block] = dataclasses.field(
+      default_factory=dict, compare=False
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,7 @@ def verify(
     limits: config_lib.Sandbox,
     shapes: Sequence[tuple[int, ...]],
     num_experts: int,
+    stand_ins: Sequence[tuple[int, ...]] = (),
 ) -> Verified:
   """Checks program IR from an untrusted source.
 
@@ -78,6 +83,8 @@ def verify(
     limits: the cost bounds.
     shapes: the program has to have exactly one block for each.
     num_experts: number of task vectors.
+    stand_ins: shapes that it may have a block for; checked like the others,
+      and in `blocks` alone.
 
   Returns:
     The program as it may run.
@@ -86,9 +93,13 @@ def verify(
     VerifyError: it may not. Nothing else is raised, whatever `text` is.
   """
   try:
-    return _verify(text, limits, shapes, num_experts)
+    return _verify(text, limits, shapes, num_experts, stand_ins)
   except VerifyError:
     raise
+  except MemoryError as error:
+    raise VerifyError(
+        "memory", "Checking the program took too much memory."
+    ) from error
   except ir.IRError as error:
     raise VerifyError(error.code, error.message) from error
   except RecursionError as error:
@@ -103,19 +114,22 @@ def verify(
     ) from error
 
 
-def _verify(text, limits, shapes, num_experts):
+def _verify(text, limits, shapes, num_experts, stand_ins):
   if len(text) > limits.ir_bytes:
     raise VerifyError("ir_bytes", "The traced program is too large.")
   sent = ir.loads(text)
-  if sent.num_experts != num_experts or sent.leaves.keys() != set(shapes):
+  found, needed = sent.leaves.keys(), set(shapes)
+  if sent.num_experts != num_experts or not (
+      needed <= found <= needed.union(stand_ins)
+  ):
     raise VerifyError("malformed", "The program is for other shapes.")
-  leaves, stats = {}, {}
+  blocks, stats = {}, {}
   for shape, block in sent.leaves.items():
-    leaves[shape], cost = _verify_leaf(block, shape, num_experts, limits)
-    for key, value in cost.items():
+    blocks[shape], cost = _verify_leaf(block, shape, num_experts, limits)
+    for key, value in cost.items() if shape in shapes else ():
       stats[key] = max(value, stats.get(key, 0))
-  program = ir.Program(num_experts, leaves)
-  return Verified(ir.dumps(program), canonical.digest(program), stats)
+  program = ir.Program(num_experts, {shape: blocks[shape] for shape in shapes})
+  return Verified(ir.dumps(program), canonical.digest(program), stats, blocks)
 
 
 def _verify_leaf(block, shape, num_experts, limits):

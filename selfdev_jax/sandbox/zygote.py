@@ -83,6 +83,7 @@ class Setup(NamedTuple):
   """What holds for every program; the limits are those of `config.Sandbox`."""
 
   shapes: list[list[int]]
+  stand_ins: list[list[int]]  # A program need not do for those.
   num_experts: int
   timeout_s: float
   memory_bytes: int
@@ -133,8 +134,13 @@ def _warm_up(setup):
 
 
 def _trace(setup, source):
-  shapes = [tuple(shape) for shape in setup.shapes]
-  return trace_lib.trace(source, shapes, setup.num_experts, setup.max_equations)
+  shapes, stand_ins = (
+      [tuple(shape) for shape in kind]
+      for kind in (setup.shapes, setup.stand_ins)
+  )
+  return trace_lib.trace(
+      source, shapes, setup.num_experts, setup.max_equations, stand_ins
+  )
 
 
 def _namespaces(setup):

@@ -187,7 +187,7 @@ def _state():
 
 def _strangers(box):
   """Processes of that sandbox that are none of its own."""
-  scratch = box._scratch.name
+  scratch = os.path.join(box._scratch.name, "zygote")
   own = {x.pid for lane in box._lanes for x in lane._running.values()}
   found = set()
   for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
@@ -203,7 +203,9 @@ def _zygote(box):
 
 
 def _admit(box, world, attack):
-  targets = world.targets | {"scratch": box._scratch.name}
+  targets = world.targets | {
+      "scratch": os.path.join(box._scratch.name, "zygote")
+  }
   return box.admit(attacks_lib.aim(attack, targets))
 
 
@@ -216,7 +218,7 @@ def _harm(box, world, verdict, zygote, others):
   found += [f"process {pid} is left" for pid in left]
   if _zygote(box) != zygote:
     found.append("the zygote was killed")
-  if os.listdir(box._scratch.name):
+  if os.listdir(os.path.join(box._scratch.name, "zygote")):
     found.append("a file is left")
   return found
 

@@ -26,7 +26,7 @@ def _program(source):
 
 @functools.cache
 def _print(source):
-  return fingerprint.compute(_program(source), _SHAPES)
+  return fingerprint.compute(_program(source).leaves, _SHAPES)
 
 
 def _same(one, other):
@@ -137,8 +137,9 @@ def test_op_by_op_is_the_program():
 def test_probes_are_leaves_or_stand_ins():
   probes = fingerprint.probe_shapes
   assert probes([(6, 4), (5,)]) == [(5,), (6, 4)]
-  assert probes([(6, 4), (64, 64), (4096, 4096)]) == [(64, 64)]
-  assert probes([(4096, 4096), (14336, 4096)]) == [(64, 96)]
+  assert probes([(4, 6), (64, 64), (4096, 4096)]) == [(64, 64)]
+  assert probes([(4096, 4096), (14336, 4096)]) == [(64, 96), (96, 64)]
+  assert probes([(14336, 4096), (128, 20)]) == [(128, 20)]
   assert probes([(4096,), (4096, 4096)]) == [(4096,), (64, 96)]
 
 

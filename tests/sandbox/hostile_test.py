@@ -290,7 +290,8 @@ def test_close_ends_everything():
     assert len(pids) == 2
     # Not of the terminal's process group: Ctrl-C is the caller's alone.
     assert all(os.getsid(pid) == pid != os.getsid(0) for pid in pids)
-    assert os.listdir(scratch) == []
+    for place in ("zygote", "screener"):
+      assert os.listdir(os.path.join(scratch, place)) == []
   assert all(_gone(pid) for pid in pids)
   assert not os.path.exists(scratch)
   box.close()

@@ -3,6 +3,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -146,14 +148,68 @@ def test_a_process_that_dies_is_started_again(directory):
 @pytest.mark.slow
 def test_a_program_that_kills_its_process_twice(directory, monkeypatch):
   with _start(directory) as there:
-    monkeypatch.setattr(
-        there._process.__class__,
-        "send",
-        lambda self, message: os.kill(self.pid, signal.SIGKILL),
-    )
-    # Both times; the second process cannot even start.
-    with pytest.raises(errors.UserError, match="cannot start"):
-      there.program(_program("base"))
+    process = type(there._process)
+    send, killed = process.send, []
+
+    def send_and_kill(self, message):
+      send(self, message)
+      if message.startswith(b'{"program"'):
+        killed.append(self.pid)
+        os.kill(self.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+      patched.setattr(process, "send", send_and_kill)
+      assert there.program(_program("base")) == (None, "crash")
+    assert len(set(killed)) == 2
+    assert there.program(_program("base")).failure == ""
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_no_answer_behind(directory):
+  long = _program("lax.fori_loop(0, 10**7, lambda i, x: x + 1e-9, base)")
+  with _start(directory) as there:
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+      while True:
+        there.program(long)
+    timer.join()
+    merged = there.program(_program("2 * base")).params
+    up = merged["layers"]["mlp"]["up"]
+    seed = jax.tree.unflatten(there._structure, there._leaves)
+    np.testing.assert_array_equal(up, 2 * seed["layers"]["mlp"]["up"])
+
+
+_CALLER = """
+import pathlib, sys, threading, time
+from selfdev_jax import convert
+from selfdev_jax.sandbox import runner
+directory, program = map(pathlib.Path, sys.argv[1:])
+_, seed = convert.load(directory / "seed")
+experts = {name: directory / name for name in ("a", "b")}
+there = runner.Runner(seed, directory / "seed", experts, "mlp", 600.0)
+text = program.read_text()
+threading.Thread(target=there.program, args=(text,), daemon=True).start()
+time.sleep(1)
+print(there._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_it_ends_with_its_caller_in_the_middle_of_a_merge(directory, tmp_path):
+  program = tmp_path / "program"
+  program.write_text(
+      _program("lax.fori_loop(0, 2**31 - 1, lambda i, x: x + 1e-9, base)")
+  )
+  command = [sys.executable, "-c", _CALLER, directory, program]
+  with subprocess.Popen(command, stdout=subprocess.PIPE) as caller:
+    pid = int(caller.stdout.readline())
+    caller.kill()
+  deadline = time.monotonic() + 10
+  while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not os.path.exists(f"/proc/{pid}")
 
 
 @pytest.mark.slow
