@@ -338,6 +338,7 @@ def _check_naked(box, world, attack):
     assert _fits(verdict, *attack.alone), verdict
 
 
+@pytest.mark.slow
 @_ENDING
 def test_stopped_with_all_of_python(naked, world, attack):
   _check_naked(naked, world, attack)
