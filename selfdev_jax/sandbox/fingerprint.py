@@ -184,7 +184,7 @@ def _run(block: ir.Block, arguments):
     elif equation.name == "scan" and _is_short(params):
       values += _loop(operands, **params)
     else:
-      values += rebuild._apply(equation, operands)
+      values += rebuild.apply(equation, operands)
   return [read(operand) for operand in block.outputs]
 
 

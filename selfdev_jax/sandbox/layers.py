@@ -202,6 +202,12 @@ def _try(layer):
   return "it was entered, and did not stop what it should"
 
 
+def mapped_bytes() -> int:
+  """The address space of this process, which RLIMIT_AS counts."""
+  with open("/proc/self/statm", encoding="ascii") as file:
+    return int(file.read().split()[0]) * resource.getpagesize()
+
+
 def die_with_parent() -> None:
   """SIGKILL when the parent is gone; forgotten whenever the uid changes."""
   _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -218,12 +224,10 @@ def _check(status):
 
 
 def _limit(limits):
-  with open("/proc/self/statm", encoding="ascii") as file:
-    mapped = int(file.read().split()[0]) * resource.getpagesize()
   # Behind the wall clock, should the zygote be killed.
   seconds = int(limits.seconds) + 1
   for limit, value in (
-      (resource.RLIMIT_AS, mapped + limits.memory_bytes),
+      (resource.RLIMIT_AS, mapped_bytes() + limits.memory_bytes),
       (resource.RLIMIT_CPU, seconds),
       (resource.RLIMIT_FSIZE, 0),
       (resource.RLIMIT_NOFILE, 16),

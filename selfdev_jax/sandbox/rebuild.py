@@ -46,7 +46,7 @@ def evaluate(
 
   for equation in block.equations:
     operands = [read(operand) for operand in equation.operands]
-    outputs = _apply(equation, operands)
+    outputs = apply(equation, operands)
     if len(outputs) != equation.num_outputs:
       raise ir.IRError(
           "malformed",
@@ -101,7 +101,7 @@ def build(program: str) -> Callable[[Any, Sequence[Any]], Any]:
   return merge
 
 
-def _apply(equation, operands):
+def apply(equation, operands):
   """The outputs of one equation, as a sequence."""
   _check(equation, operands)
   special = _SPECIAL.get(equation.name)

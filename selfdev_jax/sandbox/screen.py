@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from selfdev_jax import config as config_lib
 from selfdev_jax.sandbox import fingerprint
+from selfdev_jax.sandbox import layers
 from selfdev_jax.sandbox import process
 from selfdev_jax.sandbox import verify as verify_lib
 from selfdev_jax.sandbox import wire
@@ -66,9 +67,7 @@ def _prepare(setup, limits):
   jax.config.update("jax_compilation_cache_max_size", 1 << 28)
   # What is loaded late, LAPACK among it, counts as the process's own.
   jnp.linalg.svd(jnp.eye(2))
-  with open("/proc/self/statm", encoding="ascii") as file:
-    mapped = int(file.read().split()[0]) * resource.getpagesize()
-  limit = mapped + limits.memory_bytes + _COMPILER_BYTES
+  limit = layers.mapped_bytes() + limits.memory_bytes + _COMPILER_BYTES
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   gc.freeze()
