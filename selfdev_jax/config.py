@@ -83,11 +83,36 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
+  """How merged models are scored (paper, sections 3.2 and 4).
+
+  Attributes:
+    task: a name in evaluation/tasks.py.
+    train_file: JSONL in the published format, which shots and the development
+      set are drawn from; None: the hub's.
+    test_file: likewise, with the test set.
+    shots: worked examples in a prompt; None: as many as the field gives.
+    split_seed: of the draw from the training split.
+    dev_size: items of the development set.
+    test_size: items of the test set.
+    batch_size: items that are answered at once.
+    max_new_tokens: of an answer.
+    racing: a model that can no longer be chosen or rejected is not scored on
+      all of the development set; see evaluation/racing.py.
+    racing_error: with at most this probability one was stopped wrongly, in an
+      iteration.
+  """
+
   task: str = "arithmetic"
-  dev_size: int = _between(300, 1)  # Items of the development split.
+  train_file: str | None = None
+  test_file: str | None = None
+  shots: int | None = _between(None, 0)
+  split_seed: int = _between(0, 0)
+  dev_size: int = _between(300, 1)
   test_size: int = _between(1200, 1)
   batch_size: int = _between(300, 1)
   max_new_tokens: int = _between(20, 1)
+  racing: bool = True
+  racing_error: float = _between(0.05, 1e-9, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,7 +142,7 @@ def check(config: config_lib.Config):
   Raises:
     UserError: naming the key.
   """
-  task = evaluation.get(config.evaluate.task)
+  task = evaluation.load(config.evaluate)
   task.items(records.DEV, config.evaluate.dev_size)
   task.items(records.TEST, config.evaluate.test_size)
   programs.load_prompt(config.propose.prompt)
@@ -173,7 +173,7 @@ def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
         f" {positions} positions; lower propose.max_new_tokens"
     )
   longest = [prompt + new + 1]
-  task, sizes = evaluation.get(config.evaluate.task), config.evaluate
+  task, sizes = evaluation.load(config.evaluate), config.evaluate
   new = sizes.max_new_tokens
   if new >= positions:
     raise errors.UserError(
@@ -387,7 +387,7 @@ class _Run:
     self._models = loaded
     self._box = box
     self._prompt = programs.load_prompt(config.propose.prompt)
-    self._task = evaluation.get(config.evaluate.task)
+    self._task = evaluation.load(config.evaluate)
     self._sampler = sampler
 
   def run(self):
@@ -644,6 +644,7 @@ class _Run:
         [item.prompt for item in items],
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
+        stop=self._task.stop,
     )
     generations = [generation for batch in batches for generation in batch]
     return evaluation.grade(self._task, items, generations)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 LOOP = "loop"  # The arm whose factory is refined by DPO.
 CONTROL = "control"  # The same loop without DPO.
@@ -87,6 +87,7 @@ class Response:
   extracted: str | None
   correct: bool
   truncated: bool = False  # The prompt did not fit and lost its beginning.
+  trouble: str = ""  # The scorer's: "timeout" or "error", counted as wrong.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
--- Schema version 3. One row per record of selfdev_jax/records.py.
+-- Schema version 4. One row per record of selfdev_jax/records.py.
 CREATE TABLE meta (
   key TEXT PRIMARY KEY,
   value TEXT NOT NULL                -- JSON
@@ -58,6 +58,7 @@ CREATE TABLE responses (
   extracted TEXT,
   correct INTEGER NOT NULL,
   truncated INTEGER NOT NULL,        -- The prompt lost its beginning
+  trouble TEXT NOT NULL,             -- The scorer's, else empty
   PRIMARY KEY (model, split, item),
   FOREIGN KEY (model, split) REFERENCES scores (model, split)
 ) WITHOUT ROWID;

@@ -370,6 +370,7 @@ class Store:
                   r.extracted,
                   r.correct,
                   r.truncated,
+                  r.trouble,
               )
               for r in responses
           ],
@@ -392,10 +393,10 @@ class Store:
 
   def responses(self, model: str, split: str) -> list[records.Response]:
     return [
-        records.Response(*row[:5], *map(bool, row[5:]))
+        records.Response(*row[:5], *map(bool, row[5:7]), row[7])
         for row in self._db.execute(
-            "SELECT item, prompt, text, gold, extracted, correct, truncated"
-            " FROM responses JOIN questions USING (split, item)"
+            "SELECT item, prompt, text, gold, extracted, correct, truncated,"
+            " trouble FROM responses JOIN questions USING (split, item)"
             " WHERE model = ? AND split = ? ORDER BY item",
             (model, split),
         )

@@ -296,7 +296,7 @@ def test_prompts_that_do_not_fit_are_counted(run, capsys):
   run._models = dataclasses.replace(run._models, decoder=shapes)
   with pytest.raises(errors.UserError, match=r"lower propose\.max_new_tokens"):
     loop._check_lengths(config, run._models)
-  task = evaluation.get("arithmetic")
+  task = evaluation.load(config_lib.Evaluate())
   prompts = [item.prompt for item in task.items(records.DEV, 20)]
   limit = sorted(map(len, prompts))[5] + 8
   long = programs.load_prompt("tiny")

@@ -1,38 +1,22 @@
-"""What is asked, and how an answer is read."""
+"""The tasks by name, and how their generations become responses."""
 
 from collections.abc import Callable
-import dataclasses
+from collections.abc import Sequence
 import re
 
+from selfdev_jax import config as config_lib
 from selfdev_jax import errors
 from selfdev_jax import records
 from selfdev_jax import sampling
 from selfdev_jax.evaluation import arithmetic
+from selfdev_jax.evaluation.task import Item
+from selfdev_jax.evaluation.task import Mark
+from selfdev_jax.evaluation.task import Task
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """One question as the model sees it, and the answer that counts."""
-
-  prompt: str
-  gold: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """A benchmark.
-
-  Attributes:
-    items: (split, n) -> the first n items of that split.
-    extract: the answer in a generation, None where there is none.
-  """
-
-  items: Callable[[str, int], list[Item]]
-  extract: Callable[[str], str | None]
-
-
-def _arithmetic_items(split: str, n: int) -> list[Item]:
-  return [Item(p.prompt, p.answer) for p in arithmetic.problems(split, n)]
+def _arithmetic_items(split: str, n: int | None) -> list[Item]:
+  problems = arithmetic.problems(split, n or arithmetic.MAX_PROBLEMS)
+  return [Item(p.prompt, p.answer) for p in problems]
 
 
 def _after_hashes(text: str) -> str | None:
@@ -41,38 +25,66 @@ def _after_hashes(text: str) -> str | None:
   return found and found.group(1)
 
 
-TASKS = {"arithmetic": Task(_arithmetic_items, _after_hashes)}
+def _score_arithmetic(
+    responses: Sequence[str], golds: Sequence[str]
+) -> list[dict[str, Mark]]:
+  answers = map(_after_hashes, responses)
+  return [
+      {"exact_match": Mark(answer, answer == gold)}
+      for answer, gold in zip(answers, golds, strict=True)
+  ]
 
 
-def get(name: str) -> Task:
-  """The task of that name.
+def _arithmetic(_: config_lib.Evaluate) -> Task:
+  return Task(_arithmetic_items, ("exact_match",), _score_arithmetic)
+
+
+TASKS: dict[str, Callable[[config_lib.Evaluate], Task]] = {
+    "arithmetic": _arithmetic,
+}
+
+
+def load(settings: config_lib.Evaluate) -> Task:
+  """The task that the settings name, with its data.
 
   Raises:
-    UserError: naming the known ones.
+    UserError: naming the known tasks, or what is wrong with the data.
   """
-  if name not in TASKS:
+  if settings.task not in TASKS:
     raise errors.UserError(
-        f"evaluate.task is {name!r}; known tasks: {', '.join(sorted(TASKS))}"
+        f"the task is {settings.task!r}; known tasks:"
+        f" {', '.join(sorted(TASKS))}"
     )
-  return TASKS[name]
+  return TASKS[settings.task](settings)
 
 
 def grade(
-    task: Task, items: list[Item], generations: list[sampling.Generation]
+    task: Task,
+    items: Sequence[Item],
+    generations: Sequence[sampling.Generation],
+    first: int = 0,
 ) -> list[records.Response]:
-  """One response an item, in order."""
-  responses = []
-  for i, (item, generation) in enumerate(zip(items, generations, strict=True)):
-    answer = task.extract(generation.text)
-    responses.append(
-        records.Response(
-            item=i,
-            prompt=item.prompt,
-            text=generation.text,
-            gold=item.gold,
-            extracted=answer,
-            correct=answer == item.gold,
-            truncated=generation.truncated,
-        )
-    )
-  return responses
+  """One response an item, in order, by the task's headline metric.
+
+  Args:
+    task: of which the items are.
+    items: in the task's order.
+    generations: one for each.
+    first: the number of the first item.
+  """
+  marks = task.score([g.text for g in generations], [i.gold for i in items])
+  return [
+      records.Response(
+          item=first + i,
+          prompt=item.prompt,
+          text=generation.text,
+          gold=item.gold,
+          extracted=mark[task.headline].extracted,
+          correct=mark[task.headline].correct,
+          truncated=generation.truncated,
+          trouble=mark[task.headline].trouble,
+      )
+      for i, (item, generation, mark) in enumerate(
+          zip(items, generations, marks, strict=True)
+      )
+  ]

@@ -4,6 +4,7 @@ import hypothesis
 from hypothesis import strategies as st
 import pytest
 
+from selfdev_jax import config as config_lib
 from selfdev_jax import evaluation
 from selfdev_jax import sampling
 from selfdev_jax.evaluation import arithmetic
@@ -43,7 +44,7 @@ def test_the_answer_is_right_and_is_what_the_scorer_reads(
   assert problem.answer == str(value) and value >= 0
   assert str(problem.a) in problem.question
   assert str(problem.b) in problem.question
-  task = evaluation.get("arithmetic")
+  task = evaluation.load(config_lib.Evaluate())
   item = evaluation.Item(problem.prompt, problem.answer)
   (response,) = evaluation.grade(task, [item], [_said(problem.solution)])
   assert response.correct and response.extracted == problem.answer
@@ -54,7 +55,9 @@ def _said(text, **fields):
 
 
 def test_a_response_keeps_that_its_prompt_was_cut():
-  task, item = evaluation.get("arithmetic"), evaluation.Item("q", "19")
+  task, item = evaluation.load(config_lib.Evaluate()), evaluation.Item(
+      "q", "19"
+  )
   said = [_said("#### 19"), _said("#### 19", truncated=True)]
   whole, cut = evaluation.grade(task, [item, item], said)
   assert (whole.truncated, cut.truncated) == (False, True)
@@ -74,7 +77,9 @@ def test_a_response_keeps_that_its_prompt_was_cut():
     ],
 )
 def test_the_first_marked_number_counts(text, extracted, correct):
-  task, item = evaluation.get("arithmetic"), evaluation.Item("q", "19")
+  task, item = evaluation.load(config_lib.Evaluate()), evaluation.Item(
+      "q", "19"
+  )
   (response,) = evaluation.grade(task, [item], [_said(text)])
   assert (response.extracted, response.correct) == (extracted, correct)
   assert response.text == text and response.gold == "19"
@@ -82,4 +87,4 @@ def test_the_first_marked_number_counts(text, extracted, correct):
 
 def test_an_unknown_task_names_the_known_ones():
   with pytest.raises(Exception, match="'gms8k'; known tasks: arithmetic"):
-    evaluation.get("gms8k")
+    evaluation.load(config_lib.Evaluate(task="gms8k"))
