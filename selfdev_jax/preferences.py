@@ -20,12 +20,19 @@ class Candidate:
   Attributes:
     text: the completion that it was taken from, as the factory wrote it.
     digest: its name.
-    score: of its merged model, on the development split.
+    score: of its merged model, on the development split; one that is not
+      complete was stopped by a race and is among neither end.
   """
 
   text: str
   digest: str
   score: records.Score
+
+
+def bands(config: config_lib.Preferences, candidates: int) -> tuple[int, int]:
+  """How many at either end of an iteration's ranking `build` looks at."""
+  top = max(_count(config.top_fraction, candidates), config.elites)
+  return top, _count(config.bottom_fraction, candidates)
 
 
 def build(
@@ -71,7 +78,7 @@ def build(
   rng = random.Random(f"{seed} preferences {iteration}")
   chosen = _chosen(config, candidates, earlier)
   rejected = _rejected(config, candidates, chosen)
-  slots = _count(config.bottom_fraction, candidates)
+  slots = _count(config.bottom_fraction, len(candidates))
   taken = {candidate.text for candidate in chosen}
   failed = [text for text in dict.fromkeys(invalid) if text not in taken]
   drawn = min(round(config.invalid_fraction * slots), len(failed))
@@ -108,8 +115,12 @@ def _value(candidate: Candidate) -> float:
   return -1.0 if accuracy is None else accuracy
 
 
-def _count(fraction: float, candidates: Sequence[Candidate]) -> int:
-  return max(1, round(fraction * len(candidates)))
+def _count(fraction: float, candidates: int) -> int:
+  return max(1, round(fraction * candidates))
+
+
+def _complete(candidates: Sequence[Candidate]) -> list[Candidate]:
+  return [c for c in candidates if c.score.complete]
 
 
 def _best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -119,12 +130,15 @@ def _best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _chosen(config, candidates, earlier) -> list[Candidate]:
   """The top of this iteration, then the elites; each program once."""
+  known = _complete(candidates)
   # The lowest score of all is no merit, however large the fraction.
-  lowest = min(map(_value, candidates), default=0.0)
-  top = _best_first(candidates)[: _count(config.top_fraction, candidates)]
+  lowest = min(map(_value, known), default=0.0)
+  top = _best_first(known)[: _count(config.top_fraction, len(candidates))]
   top = [candidate for candidate in top if _value(candidate) > lowest]
   for iteration in earlier:
-    evaluated = [c for c in iteration if c.score.accuracy is not None]
+    evaluated = [
+        c for c in _complete(iteration) if c.score.accuracy is not None
+    ]
     top += _best_first(evaluated)[: config.elites]
   by_digest = {}
   for candidate in top:
@@ -135,14 +149,15 @@ def _chosen(config, candidates, earlier) -> list[Candidate]:
 def _rejected(config, candidates, chosen) -> list[Candidate]:
   """The bottom of this iteration, worst first, without the chosen."""
   digests = {candidate.digest for candidate in chosen}
-  highest = max(map(_value, candidates), default=0.0)
-  worst = sorted(candidates, key=_value)
+  known = _complete(candidates)
+  highest = max(map(_value, known), default=0.0)
+  worst = sorted(known, key=_value)
   bottom = [
       candidate
       for candidate in worst
       if candidate.digest not in digests and _value(candidate) < highest
   ]
-  return bottom[: _count(config.bottom_fraction, candidates)]
+  return bottom[: _count(config.bottom_fraction, len(candidates))]
 
 
 def _product(chosen, rejected):

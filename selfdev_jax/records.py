@@ -99,6 +99,8 @@ class Score:
   evaluate; `failure` says why: "non_finite", "memory", "timeout", "crash" or
   "exception". `reused` names the model whose score this is: a program with
   another digest and the same fingerprint, which was not evaluated again.
+  `items` counts the whole split: a model that answered fewer, `n`, was stopped
+  by a race (evaluation/racing.py), or is not done.
   """
 
   model: str
@@ -110,6 +112,15 @@ class Score:
   engine: str = ""  # As in `Completion`.
   failure: str = ""
   reused: str = ""
+  items: int | None = None  # Becomes n where it is not given.
+
+  def __post_init__(self):
+    if self.items is None:
+      object.__setattr__(self, "items", self.n)
+
+  @property
+  def complete(self) -> bool:
+    return self.n == self.items
 
   @property
   def accuracy(self) -> float | None:

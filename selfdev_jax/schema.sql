@@ -34,14 +34,16 @@ CREATE TABLE verdicts (
 CREATE TABLE scores (
   model TEXT NOT NULL,
   split TEXT NOT NULL CHECK (split IN ('dev', 'test')),
-  n INTEGER NOT NULL,
+  n INTEGER NOT NULL,                -- Items answered
   correct INTEGER,                   -- NULL: there is no merged model
   merge_s REAL NOT NULL,
   evaluate_s REAL NOT NULL,
   engine TEXT NOT NULL,
   failure TEXT NOT NULL,             -- Why not, else empty
   reused TEXT NOT NULL,              -- Model whose score this is, else empty
-  PRIMARY KEY (model, split)
+  items INTEGER NOT NULL,            -- Of the split; n is less: stopped
+  PRIMARY KEY (model, split),
+  CHECK (n <= items)
 );
 CREATE TABLE questions (             -- Shared by all models' responses.
   split TEXT NOT NULL,

@@ -341,7 +341,11 @@ class Store:
   def add_score(
       self, score: records.Score, responses: Sequence[records.Response] = ()
   ):
-    """Keeps a score with the answers behind it.
+    """Keeps a score with the answers behind it, or adds them to what is kept.
+
+    Args:
+      score: of these answers alone; its `merge_s` and `evaluate_s` add up too.
+      responses: to further items of the split.
 
     Raises:
       RuntimeError: for a test score while the search goes on, and for a
@@ -354,7 +358,14 @@ class Store:
           f" {'after' if is_over else 'during'} the search"
       )
     with self._transaction():
-      self._insert("scores", [dataclasses.astuple(score)])
+      self._db.execute(
+          "INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+          " ON CONFLICT (model, split) DO UPDATE SET n = n + excluded.n,"
+          " correct = correct + excluded.correct,"
+          " merge_s = merge_s + excluded.merge_s,"
+          " evaluate_s = evaluate_s + excluded.evaluate_s",
+          dataclasses.astuple(score),
+      )
       self._db.executemany(
           "INSERT OR IGNORE INTO questions VALUES (?, ?, ?, ?)",
           [(score.split, r.item, r.prompt, r.gold) for r in responses],
@@ -376,20 +387,33 @@ class Store:
           ],
       )
 
-  def score(self, model: str, split: str) -> records.Score | None:
-    row = self._db.execute(
-        "SELECT * FROM scores WHERE model = ? AND split = ?", (model, split)
-    ).fetchone()
-    return row and records.Score(*row)
-
   def scores(self, split: str) -> dict[str, records.Score]:
-    """All scores of one split by model, in the order they were written."""
-    return {
-        row[0]: records.Score(*row)
-        for row in self._db.execute(
-            "SELECT * FROM scores WHERE split = ? ORDER BY rowid", (split,)
+    """All scores of one split by model, in the order they were written.
+
+    One that was taken from another model is as that one's is by now.
+    """
+    rows = self._db.execute(
+        "SELECT * FROM scores WHERE split = ? ORDER BY rowid", (split,)
+    )
+    scores = {row[0]: records.Score(*row) for row in rows}
+    for model, score in scores.items():
+      if score.reused:
+        now = scores[score.reused]
+        scores[model] = dataclasses.replace(
+            score, n=now.n, correct=now.correct, failure=now.failure
         )
-    }
+    return scores
+
+  def answers(self, model: str, split: str) -> list[bool]:
+    """Which items a model has right, of those that it has answered."""
+    return [
+        bool(correct)
+        for (correct,) in self._db.execute(
+            "SELECT correct FROM responses WHERE model = ? AND split = ?"
+            " ORDER BY item",
+            (model, split),
+        )
+    ]
 
   def responses(self, model: str, split: str) -> list[records.Response]:
     return [
@@ -410,6 +434,17 @@ class Store:
         (split,),
     ).fetchone()
     return n
+
+  def troubles(self, split: str) -> dict[str, int]:
+    """Answers that the scorer could not compare, by what happened."""
+    return dict(
+        self._db.execute(
+            "SELECT trouble, COUNT(*) FROM responses"
+            " WHERE trouble != '' AND split = ? GROUP BY trouble"
+            " ORDER BY trouble",
+            (split,),
+        )
+    )
 
   # Preferences and DPO.
 

@@ -158,24 +158,97 @@ def test_a_program_that_does_the_same_is_not_scored_again(run, monkeypatch):
   assert run._new_programs(records.LOOP, 2) == names[2:3]
   assert run._new_programs(records.CONTROL, 2) == names[3:]
 
-  scored = []
-
-  def score(name, split):
-    scored.append(name)
-    archive.add_score(records.Score(name, split, 300, 9, 1.0, 2.0, "jax"))
-
-  monkeypatch.setattr(run, "_score", score)
+  scored = _answer(run, monkeypatch, lambda name, item: item < 9)
+  run._score_all(records.LOOP, 0, "seed", records.DEV, ["seed"])
+  scored.clear()
   for arm, t in ((records.LOOP, 1), (records.LOOP, 2), (records.CONTROL, 2)):
     run._evaluate(arm, t, run._new_programs(arm, t))
   assert scored == [f"program:{names[0]}", f"program:{names[2]}"]
   known = archive.scores(records.DEV)
+  engine = run._sampler.engine
   assert known[f"program:{names[1]}"] == records.Score(
-      f"program:{names[1]}", "dev", 300, 9, 0.0, 0.0, "jax", "", scored[0]
+      f"program:{names[1]}", "dev", 300, 9, 0, 0, engine, "", scored[0], 300
   )
   # Of the other arm: it is new there, and costs nothing.
   assert known[f"program:{names[3]}"].reused == scored[1]
   run._evaluate(records.LOOP, 2, run._new_programs(records.LOOP, 2))
   assert len(scored) == 2
+
+
+def _answer(run, monkeypatch, is_right):
+  """Lets models answer as `is_right(name, item)` says; who was merged."""
+  merged = []
+
+  def merge(name):
+    merged.append(name)
+    return runner.Merged(None, "crash" if "broken" in name else "")
+
+  def respond(items, first):
+    return [
+        records.Response(
+            first + i, item.prompt, "", item.gold, "", is_right(merged[-1], i)
+        )
+        for i, item in enumerate(items, first)
+    ]
+
+  monkeypatch.setattr(run, "_merge", merge)
+  monkeypatch.setattr(run, "_respond", respond)
+  monkeypatch.setattr(run._sampler, "swap_weights", lambda *_: None)
+  return merged
+
+
+def test_a_race_asks_less_and_finds_the_same(run, monkeypatch):
+  evaluate = config_lib.Evaluate(dev_size=400, batch_size=25)
+  run._config = dataclasses.replace(_CONFIG, evaluate=evaluate)
+  rng = np.random.default_rng(0)
+  skill = {f"program:{i}": i / 50 for i in range(40)} | {"seed": 0.5}
+  right = {name: rng.uniform(size=400) < p for name, p in skill.items()}
+  right["program:20 broken"] = None
+  names = [name for name in right if name != "seed"]
+  merged = _answer(run, monkeypatch, lambda name, item: bool(right[name][item]))
+  score = lambda: run._score_all(
+      records.LOOP, 1, "evaluate", records.DEV, names, top=3, bottom=4
+  )
+  run._score_all(records.LOOP, 0, "seed", records.DEV, ["seed"])
+
+  # Killed twice on the way, which changes nothing.
+  add_score, left = run._archive.add_score, [60]
+
+  def killed(*args):
+    add_score(*args)
+    left[0] -= 1
+    if not left[0]:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(run._archive, "add_score", killed)
+  for again in (90, 10**6):
+    with pytest.raises(KeyboardInterrupt):
+      score()
+    left[0] = again
+  score()
+  scores = run._archive.scores(records.DEV)
+  total = {n: sum(right[n]) for n in names if right[n] is not None}
+  for name in total:
+    seen = scores[name].n
+    assert scores[name].correct == sum(right[name][:seen])
+    assert scores[name].items == 400 and seen >= 25
+  assert scores["program:20 broken"].failure == "crash"
+  ranked = sorted(total, key=lambda name: -total[name])
+  for name in (*ranked[:3], *ranked[-3:]):  # And the broken one is the worst.
+    assert scores[name].complete
+  assert sum(scores[name].n for name in total) < 0.6 * 400 * len(total)
+  # A model is there while its blocks follow each other.
+  assert len(merged) <= 2 * len(names) + 3
+
+  asked = len(merged)
+  score()
+  assert len(merged) == asked
+  interrupted = scores
+  run._archive._db.execute("DELETE FROM responses WHERE model != 'seed'")
+  run._archive._db.execute("DELETE FROM scores WHERE model != 'seed'")
+  score()
+  counted = lambda scores: {n: (s.n, s.correct) for n, s in scores.items()}
+  assert counted(run._archive.scores(records.DEV)) == counted(interrupted)
 
 
 def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(run):
@@ -311,7 +384,8 @@ def test_prompts_that_do_not_fit_are_counted(run, capsys):
   assert 0 < cut < 20 and f"{cut} of 20 dev prompts and 8 new" in said
   run._config = config
   run._sampler = sampling.JaxSampler(shapes, _Words(), (1,))
-  responses = run._respond("seed", run._models.seed, records.DEV)
+  run._sampler.swap_weights(run._models.seed, "seed")
+  responses = run._respond(run._items(records.DEV), 0)
   assert sum(response.truncated for response in responses) == cut
 
 

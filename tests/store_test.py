@@ -49,7 +49,7 @@ def test_what_is_written_is_read_back_by_a_second_reader(tmp_path):
       assert reader.program("d1") == '{"ir": 1}'
       assert reader.stats("d1") == {"equations": 3}
       assert reader.scores("dev") == {score.model: score}
-      assert reader.score("program:d1", "test") is None
+      assert not reader.scores("test")
       assert reader.responses("program:d1", "dev") == responses
       assert reader.pairs(1) == [pair]
       assert reader.steps() == reader.steps(1) == [step]
@@ -111,7 +111,7 @@ def test_a_broken_transaction_leaves_nothing(tmp_path):
     bad = [*responses, responses[0]]  # The same item twice.
     with pytest.raises(sqlite3.IntegrityError):
       archive.add_score(records.Score("seed", "dev", 2, 1), bad)
-    assert archive.score("seed", "dev") is None
+    assert "seed" not in archive.scores("dev")
     archive.add_score(records.Score("seed", "dev", 2, 1), responses)
 
 
@@ -170,3 +170,39 @@ def test_a_full_disk_leaves_the_archive_intact(tmp_path):
   with store_lib.Store.read(tmp_path) as reader:
     assert reader.completions("loop", 2) == long
     assert reader._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_score_grows_by_what_further_items_say(tmp_path):
+  answer = lambda item, correct: records.Response(
+      item, f"q{item}", "a", "g", "a", correct
+  )
+  with _open(tmp_path) as archive:
+    first = records.Score("seed", "dev", 2, 1, 0.5, 1.0, "jax", items=5)
+    archive.add_score(first, [answer(0, True), answer(1, False)])
+    assert not archive.scores("dev")["seed"].complete
+    copy = dataclasses.replace(first, model="ties:x", reused="seed")
+    archive.add_score(copy)
+    rest = records.Score("seed", "dev", 3, 2, 0.25, 1.0, "jax", items=5)
+    rows = [answer(2, True), answer(3, False), answer(4, True)]
+    archive.add_score(rest, rows)
+    scores = archive.scores("dev")
+    assert scores["seed"] == records.Score(
+        "seed", "dev", 5, 3, 0.75, 2.0, "jax", items=5
+    )
+    # What was taken from it is as it is by now.
+    assert scores["ties:x"].correct == 3 and scores["ties:x"].complete
+    assert archive.answers("seed", "dev") == [True, False, True, False, True]
+    with pytest.raises(sqlite3.IntegrityError):  # More than there are.
+      archive.add_score(rest)
+
+
+def test_troubles_of_the_scorer_are_counted(tmp_path):
+  with _open(tmp_path) as archive:
+    said = [
+        records.Response(i, f"q{i}", "a", "g", None, False, trouble=trouble)
+        for i, trouble in enumerate(("timeout", "", "timeout", "error"))
+    ]
+    archive.add_score(records.Score("seed", "dev", 4, 0), said)
+    assert archive.troubles("dev") == {"error": 1, "timeout": 2}
+    assert archive.responses("seed", "dev") == said
+    assert archive.troubles("test") == {}

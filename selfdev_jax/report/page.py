@@ -95,6 +95,7 @@ def render(store: store_lib.Store) -> str:
       rejections=_rejections(run),
       dpo_rounds=len({s.iteration for s in steps}),
       sampling=words.sampling(summary),
+      racing=words.racing(summary),
       seconds=_seconds(store),
       world=_world(run.config),
       config=sorted(run.config.items()),
@@ -157,13 +158,14 @@ def _figures(run, summary, steps):
 
 def _curves(run):
   """Accuracies in order of evaluation, of each way to spend the budget."""
+  known = lambda score: score.accuracy if score.complete else None
   curves = {
-      arm: [s.accuracy for r in rounds for s in r.scores]
+      arm: [known(s) for r in rounds for s in r.scores]
       for arm, rounds in run.arms.items()
   }
   for family in records.SWEEPS:
     name = "random_weights" if family == "weights" else family
-    curves[name] = [s.accuracy for s in run.family(family)]
+    curves[name] = [known(s) for s in run.family(family)]
   return {name: curve for name, curve in curves.items() if curve}
 
 

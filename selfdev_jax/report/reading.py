@@ -42,7 +42,7 @@ class Round:
 
   @property
   def accuracies(self) -> list[float]:
-    """Of the new programs; those that were not finite have none."""
+    """Of the new programs on what they were asked; failed ones have none."""
     return [s.accuracy for s in self.scores if s.accuracy is not None]
 
   @property
@@ -133,9 +133,9 @@ def digest_of(model: str) -> str:
 
 
 def ranked(scores: Iterable[records.Score]) -> list[records.Score]:
-  """Best first, ties in the given order, without what was not finite."""
-  finite = [s for s in scores if s.accuracy is not None]
-  return sorted(finite, key=lambda s: -s.accuracy)
+  """Best first, ties in the given order, of those with all answers."""
+  known = [s for s in scores if s.complete and s.accuracy is not None]
+  return sorted(known, key=lambda s: -s.accuracy)
 
 
 def best(scores: Iterable[records.Score]) -> records.Score | None:

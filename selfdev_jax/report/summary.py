@@ -36,7 +36,10 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
     the best program minus each baseline, on the items of the test set;
     "lift" is the loop minus its control, from the second iteration.
     "truncated" counts questions that did not fit the model and lost their
-    beginning.
+    beginning, "troubles" answers that the scorer could not compare. "answers"
+    says what the search cost: "asked" of the development set, "without_race"
+    what asking everything of the same models would have cost, and "reused",
+    what programs took over from others with the same fingerprint.
   """
   run = reading.read(store)
   candidates = run.candidates(records.LOOP)
@@ -71,7 +74,19 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
       "lift": _lift(loop, control),
       "sampled_by": store.engines(),
       "truncated": {s: store.truncated(s) for s in (records.DEV, records.TEST)},
+      "troubles": {s: store.troubles(s) for s in (records.DEV, records.TEST)},
+      "answers": _answers(run),
       "seconds": seconds(store),
+  }
+
+
+def _answers(run):
+  merged = [s for s in run.dev.values() if s.correct is not None]
+  own = [s for s in merged if not s.reused]
+  return {
+      "asked": sum(s.n for s in own),
+      "without_race": sum(s.items for s in own),
+      "reused": sum(s.items for s in merged if s.reused),
   }
 
 
@@ -147,7 +162,7 @@ def _iteration(r):
       "evaluated": len(r.scores),
       "mean_dev": statistics.fmean(accuracies) if accuracies else None,
       "median_dev": statistics.median(accuracies) if accuracies else None,
-      "best_dev": max(accuracies, default=None),
+      "best_dev": _accuracy(reading.best(r.scores)),
   }
 
 

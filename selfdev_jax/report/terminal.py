@@ -36,6 +36,8 @@ def table(summary: Mapping[str, Any]) -> str:
     console.print(words.verdict(summary))
     if said := words.sampling(summary):
       console.print(said)
+    if said := words.racing(summary):
+      console.print(said)
     if summary["seconds"]:
       console.print(_times(summary["seconds"]))
   return "\n".join(line.rstrip() for line in capture.get().splitlines())

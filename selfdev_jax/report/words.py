@@ -61,6 +61,31 @@ def sampling(summary: Mapping[str, Any]) -> str:
           f"{n} {split} question{'s' * (n > 1)} did not fit the model and lost"
           " the beginning."
       )
+  for split, troubles in summary["troubles"].items():
+    for trouble, n in troubles.items():
+      sentences.append(
+          f"{n} {split} answer{'s' * (n > 1)} could not be compared"
+          f" ({trouble}) and count as wrong."
+      )
+  return " ".join(sentences)
+
+
+def racing(summary: Mapping[str, Any]) -> str:
+  """What races and known fingerprints saved; empty where nothing."""
+  answers = summary["answers"]
+  asked, whole = answers["asked"], answers["without_race"]
+  sentences = []
+  if asked < whole:
+    sentences.append(
+        f"Racing asked {asked:,} of {whole:,} development answers"
+        f" ({percent(asked / whole)} %): programs that could be neither chosen"
+        " nor rejected were stopped, and score by what they were asked."
+    )
+  if answers["reused"]:
+    sentences.append(
+        f"Programs that do the same as known ones spared"
+        f" {answers['reused']:,} more."
+    )
   return " ".join(sentences)
 
 
