@@ -32,7 +32,7 @@ def get_config():
               task="arithmetic",
               dev_size=60,
               test_size=120,
-              batch_size=60,
+              batch_size=20,
               max_new_tokens=16,
           ),
           preferences=config_lib.Preferences(

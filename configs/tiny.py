@@ -41,6 +41,8 @@ def get_config():
               test_size=1200,
               batch_size=100,
               max_new_tokens=16,
+              # A merge takes longer to compile here than its answers.
+              racing=False,
           ),
           preferences=config_lib.Preferences(
               top_fraction=0.15,

@@ -1,10 +1,16 @@
-"""Runs Self-Developing: a model invents the merges that improve it.
+r"""Runs Self-Developing: a model invents the merges that improve it.
 
   python -m launch.self_develop --config=configs/tiny.py --workdir=runs/tiny
 
 Any key of the config can be overridden: --config.dpo.beta=0.2. The same
 command resumes a run that was stopped. --config.sampler=vllm samples through a
 vLLM server (`make vllm-env` installs one). The last line is the result as JSON.
+
+  python -m launch.self_develop --config=configs/paper_gsm8k.py \
+    --workdir=runs/gsm8k --plan --plan_device=H200
+
+says what a run would do and take, stage by stage, and whether all is there for
+it; it ends with status 2 where something is missing, and spends nothing.
 """
 
 import json
@@ -14,6 +20,7 @@ from ml_collections import config_flags
 
 from launch import app
 from selfdev_jax import loop
+from selfdev_jax import plan
 from selfdev_jax import report
 from selfdev_jax import store
 from selfdev_jax.tiny import world
@@ -47,18 +54,30 @@ _ALLOW_WEAK = flags.DEFINE_bool(
     "Run generated programs also where neither seccomp nor bubblewrap is to be"
     " had; the archive records it.",
 )
+_PLAN = flags.DEFINE_bool(
+    "plan", False, "Say what the run would take and lacks, and run nothing."
+)
+_PLAN_DEVICE = flags.DEFINE_enum(
+    "plan_device",
+    None,
+    list(plan.DEVICES),
+    "Accelerator that --plan estimates for; by default the one that is here.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_):
   config = app.load_config(_CONFIG)
-  loop.check(config)
   host = loop.Host(
       _VLLM_PYTHON.value,
       _VLLM_ADDRESS.value,
       _RECORDING.value,
       _ALLOW_WEAK.value,
   )
+  if _PLAN.value:
+    plan.show(config, _WORKDIR.value, host, _PLAN_DEVICE.value)
+    return
+  loop.check(config)
   loop.run(config, _WORKDIR.value, world.prepare(config), host)
   with store.Store.read(_WORKDIR.value) as archive:
     summary = report.summarize(archive)

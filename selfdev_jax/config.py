@@ -303,7 +303,21 @@ class Config:
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
   """A locked ConfigDict with every key of `config`, for `--config` flags."""
-  return ml_collections.ConfigDict(to_dict(config)).lock()
+  return ml_collections.ConfigDict(_with_placeholders(config)).lock()
+
+
+def _with_placeholders(config):
+  """Nested dict in which a None has a type, so that a flag can replace it."""
+  hints, tree = typing.get_type_hints(type(config)), {}
+  for name in hints:
+    value = getattr(config, name)
+    kinds = [k for k in typing.get_args(hints[name]) if k is not type(None)]
+    if dataclasses.is_dataclass(value):
+      value = _with_placeholders(value)
+    elif value is None and not dataclasses.is_dataclass(kinds[0]):
+      value = ml_collections.config_dict.placeholder(kinds[0])
+    tree[name] = value
+  return tree
 
 
 def to_dict(config: Any) -> dict[str, Any]:

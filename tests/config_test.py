@@ -145,3 +145,18 @@ def test_digest_changes_with_any_value():
   other = dataclasses.replace(world, seed=1)
   assert config_lib.digest(world) == config_lib.digest(config_lib.World())
   assert config_lib.digest(world) != config_lib.digest(other)
+
+
+def test_a_key_that_is_none_can_be_given_on_the_command_line():
+  tree = config_lib.to_config_dict(
+      config_lib.Config(name="n", seed_model="s", experts=("a",))
+  )
+  tree.evaluate.train_file = "train.jsonl"
+  tree.evaluate.shots = 3
+  tree.dpo.max_length = 100
+  with pytest.raises(TypeError):
+    tree.evaluate.test_file = 7
+  config = config_lib.from_config_dict(tree)
+  assert config.evaluate.train_file == "train.jsonl"
+  assert config.evaluate.test_file is None
+  assert (config.evaluate.shots, config.dpo.max_length) == (3, 100)

@@ -26,6 +26,8 @@ _ROWS = (
     ("tiny",),
     ("loop",),
     ("report",),
+    ("transfer",),
+    ("plan",),
 )
 _ROW = {name: i for i, row in enumerate(_ROWS) for name in row}
 
@@ -70,7 +72,9 @@ def test_the_plan_names_no_room_that_is_gone():
   assert set(_ROW) == {_room(path) for path in _FILES}
 
 
-@pytest.mark.parametrize("room", ["loop", "report", "preferences", "dpo"])
+@pytest.mark.parametrize(
+    "room", ["loop", "report", "preferences", "dpo", "transfer"]
+)
 def test_the_loop_knows_nothing_of_the_toy_world(room):
   files = [path for path in _FILES if _room(path) == room]
   assert files

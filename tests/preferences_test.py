@@ -49,6 +49,26 @@ def _digests(pairs):
 
 class BuildTest(parameterized.TestCase):
 
+  def test_who_was_stopped_is_at_neither_end_but_counts(self):
+    whole = _candidates(5, 9, 1, 7, 2, 3, 6, 8, 4, 0)
+    expected = _digests(_build(whole))
+    raced = list(whole)
+    for i, n in ((0, 4), (5, 1), (6, 4), (3, 2)):  # In between, of 4 answers.
+      score = dataclasses.replace(whole[i].score, n=4, correct=n)
+      raced[i] = dataclasses.replace(whole[i], score=score)
+    self.assertFalse(raced[0].score.complete)
+    self.assertEqual(_digests(_build(raced)), expected)
+    # Nor is it an elite of a later iteration.
+    self.assertEqual(
+        _digests(_build(_candidates(3, 4, 5), earlier=[raced])),
+        _digests(_build(_candidates(3, 4, 5), earlier=[whole])),
+    )
+
+  def test_bands_are_what_build_takes(self):
+    self.assertEqual(preferences.bands(_CONFIG, 100), (20, 30))
+    self.assertEqual(preferences.bands(_CONFIG, 5), (2, 2))
+    self.assertEqual(preferences.bands(_CONFIG, 1), (2, 1))
+
   def test_top_meets_bottom(self):
     pairs = _build(_candidates(5, 9, 1, 7, 2, 3, 6, 8, 4, 0))
     expected = itertools.product(["p1", "p7"], ["p9", "p2", "p4"])

@@ -65,7 +65,7 @@ def sampling(summary: Mapping[str, Any]) -> str:
     for trouble, n in troubles.items():
       sentences.append(
           f"{n} {split} answer{'s' * (n > 1)} could not be compared"
-          f" ({trouble}) and count as wrong."
+          f" ({trouble}) and count{'s' * (n == 1)} as wrong."
       )
   return " ".join(sentences)
 

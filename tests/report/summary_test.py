@@ -282,3 +282,28 @@ def test_what_sampled_and_what_it_could_not_read_are_told(tmp_path, build):
       "Sampled by vllm 0.32.0. 2 dev questions did not fit the model and lost"
       " the beginning."
   )
+
+
+def test_what_a_race_and_known_programs_saved(result):
+  assert words.racing(result) == ""
+  answers = {"asked": 4_700, "without_race": 10_000, "reused": 0}
+  said = words.racing({"answers": answers})
+  assert "4,700 of 10,000 development answers (47.0 %)" in said
+  assert "same" not in said
+  said = words.racing({"answers": answers | {"reused": 300}})
+  assert said.endswith("spared 300 more.")
+
+
+def test_who_was_stopped_is_not_the_best(archive, result):
+  assert result["answers"]["asked"] == result["answers"]["without_race"]
+  found = records.Score("program:d9", records.DEV, 5, 5, items=10)
+  assert reading.best([found]) is None
+  assert reading.ranked([found]) == []
+
+
+def test_troubles_of_the_scorer_are_told(result):
+  assert words.sampling(result).count("compared") == 0
+  troubles = {"dev": {"timeout": 1}, "test": {"error": 3}}
+  said = words.sampling(result | {"troubles": troubles})
+  assert "1 dev answer could not be compared (timeout) and counts" in said
+  assert "3 test answers could not be compared (error)" in said
