@@ -9,6 +9,8 @@ from selfdev_jax import errors
 from selfdev_jax import records
 from selfdev_jax import sampling
 from selfdev_jax.evaluation import arithmetic
+from selfdev_jax.evaluation import gsm8k
+from selfdev_jax.evaluation import minerva
 from selfdev_jax.evaluation.task import Item
 from selfdev_jax.evaluation.task import Mark
 from selfdev_jax.evaluation.task import Task
@@ -41,6 +43,9 @@ def _arithmetic(_: config_lib.Evaluate) -> Task:
 
 TASKS: dict[str, Callable[[config_lib.Evaluate], Task]] = {
     "arithmetic": _arithmetic,
+    "gsm8k": gsm8k.make,
+    "math": minerva.make,
+    "math500": minerva.make_500,
 }
 
 
