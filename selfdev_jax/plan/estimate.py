@@ -145,16 +145,17 @@ class Estimator:
 
   def all(self) -> Estimate:
     config, last = self._config, self._config.iterations
-    stages = [self._start()]
+    budget, singles = last * self._new, 1 + self._experts
+    stages = [
+        self._start(),
+        self._scored("single models", singles, 0, records.DEV),
+    ]
     for t in range(1, last + 1):
       stages += self._iteration(records.LOOP, t)
       if t > 1:
         stages += self._iteration(records.CONTROL, t)
       if t < last:
         stages.append(self._refine(t))
-    budget = last * self._new
-    singles = 1 + self._experts
-    stages.append(self._scored("single models", singles, 0, records.DEV))
     for family in records.SWEEPS:
       stages.append(self._scored(family, budget, 1, records.DEV))
     # The control's programs, and a best of each sweep and of the control.

@@ -36,6 +36,7 @@ def test_the_stages_are_the_loop_s_in_their_order():
   config = config_lib.from_config_dict(smoke.get_config())
   assert _names(_estimate(config)) == [
       "start",
+      "single models",
       "1 loop: propose",
       "1 loop: admit",
       "1 loop: evaluate",
@@ -46,7 +47,6 @@ def test_the_stages_are_the_loop_s_in_their_order():
       "2 control: propose",
       "2 control: admit",
       "2 control: evaluate",
-      "single models",
       "task_arithmetic",
       "ties",
       "weights",
