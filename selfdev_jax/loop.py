@@ -45,6 +45,8 @@ from selfdev_jax import store as store_lib
 from selfdev_jax.dpo import lora
 from selfdev_jax.dpo import train as train_lib
 from selfdev_jax.dpo import workdir as workdir_lib
+from selfdev_jax.evaluation import racing
+from selfdev_jax.sampling import engine as engine_lib
 from selfdev_jax.sandbox import runner
 
 # What the sweeps search: factors of a task vector, evenly on a log scale (the
@@ -121,6 +123,7 @@ def run(
     }
     prompt = programs.load_prompt(config.propose.prompt)
     identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
+    identity["items"] = _items_digest(config.evaluate)
     provenance = _provenance() | {
         "sandbox": box.layers(),
         "allow_weak_sandbox": host.allow_weak_sandbox,
@@ -155,6 +158,20 @@ def check(config: config_lib.Config):
     raise errors.UserError("config key 'experts' is empty; name at least one")
   if len(set(config.experts)) < len(config.experts):
     raise errors.UserError("config key 'experts' names a model twice")
+
+
+def _items_digest(settings: config_lib.Evaluate) -> str:
+  """Names what is asked and what counts as right, of both splits."""
+  task = evaluation.load(settings)
+  items = [
+      dataclasses.astuple(item)
+      for split, n in (
+          (records.DEV, settings.dev_size),
+          (records.TEST, settings.test_size),
+      )
+      for item in task.items(split, n)
+  ]
+  return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
 
 def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
@@ -220,45 +237,21 @@ def _sampler(
     # A run that goes on goes on with what it began with.
     kind = (archive.engines() or [kind])[0].partition(" ")[0]
     progress.note(f"sampler is auto: {kind}")
-  eos = convert.end_tokens(loaded.directory, loaded.tokenizer)
-  if kind == "jax":
-    sampler = sampling.JaxSampler(loaded.decoder, loaded.tokenizer, eos)
-  else:
-    settings = config.vllm
-    _check_for_vllm(loaded)
-    arguments = [
-        f"--gpu-memory-utilization={settings.gpu_memory_utilization}",
-        f"--tensor-parallel-size={settings.tensor_parallel}",
-    ]
-    sampler = sampling.VllmSampler(
-        loaded.decoder,
-        loaded.tokenizer,
-        eos,
-        directory=loaded.directory,
-        dtype=loaded.seed["embed"].dtype,
-        max_length=longest,
-        log_dir=archive.workdir / "vllm",
-        python=host.vllm_python,
-        address=host.vllm_address,
-        transport=settings.transport,
-        workers=settings.tensor_parallel,
-        arguments=arguments,
-        start_timeout_s=settings.start_timeout_s,
-        stall_timeout_s=settings.stall_timeout_s,
-    )
+  sampler = engine_lib.open_sampler(
+      kind,
+      loaded.decoder,
+      loaded.seed,
+      loaded.tokenizer,
+      loaded.directory,
+      longest=longest,
+      log_dir=archive.workdir / "vllm",
+      settings=config.vllm,
+      python=host.vllm_python,
+      address=host.vllm_address,
+  )
   if host.recording is not None:
     return sampling.Recorder(sampler, host.recording, run_id)
   return sampler
-
-
-def _check_for_vllm(loaded: Models):
-  dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.seed)}
-  if len(dtypes) > 1:
-    raise errors.UserError(
-        f"the seed model has tensors of {' and '.join(sorted(dtypes))}, vLLM"
-        " serves one dtype; use --config.sampler=jax"
-    )
-  _check_shared_device("vLLM")
 
 
 def _load(config, paths, stack: contextlib.ExitStack) -> Models:
@@ -392,13 +385,17 @@ class _Run:
 
   def run(self):
     """All iterations, the baselines, then the test set, once."""
+    self._score_all(
+        records.LOOP, 0, "single models", records.DEV, self._single_models()
+    )
     for t in range(1, self._config.iterations + 1):
       self._iterate(records.LOOP, t)
       if t > 1:
         self._iterate(records.CONTROL, t)
       if t < self._config.iterations:
         self._refine(t)
-    self._baselines()
+    self._sweeps()
+    self._finalists()
     with self._archive.stage(records.LOOP, 0, store_lib.SEARCH):
       pass
     self._test()
@@ -537,7 +534,12 @@ class _Run:
   def _evaluate(self, arm: str, t: int, digests: Sequence[str]):
     """Scores programs on the development set; known ones are not run again."""
     names = list(map(_program, digests))
-    self._score_all(arm, t, "evaluate", records.DEV, names)
+    top, bottom = preferences.bands(self._config.preferences, len(names))
+    # A program of a completion that was cut is no candidate, but ranks.
+    cut = len(names) - len(self._written(arm, t, digests))
+    self._score_all(
+        arm, t, "evaluate", records.DEV, names, top + cut, bottom + cut
+    )
     # What the arm admitted and does the same as what it has paid for.
     admitted = [v.digest for v in self._verdicts(arm, t) if v.admitted]
     self._reuse(
@@ -555,23 +557,108 @@ class _Run:
     return self._task.items(split, sizes[split])
 
   def _score_all(
-      self, arm: str, t: int, stage: str, split: str, names: Sequence[str]
+      self,
+      arm: str,
+      t: int,
+      stage: str,
+      split: str,
+      names: Sequence[str],
+      top: int | None = None,
+      bottom: int = 0,
   ):
-    """Scores the named merges that have no score on that split yet."""
+    """Scores the named merges as far as they are not scored yet.
+
+    Args:
+      arm: whose time it is.
+      t: likewise.
+      stage: likewise.
+      split: development or test.
+      names: of models.
+      top: the best of the names that have to be known, where it is enough to
+        know these and the worst; None: all of them.
+      bottom: likewise of the worst.
+    """
     if split == records.DEV:  # On the test set each gives its own answers.
       self._reuse(names, list(self._archive.scores(split)))
     known = self._archive.scores(split)
-    missing = [name for name in names if name not in known]
-    if not missing:
+    # One that took its score from another runs as that one.
+    names = list(
+        dict.fromkeys(
+            known[name].reused or name if name in known else name
+            for name in names
+        )
+    )
+    race, missing = self._race(split, names, known, top, bottom)
+    if race.next() is None:
       return
     what = f"{_where(arm, t)}scoring" if t else f"Scoring {stage}"
     with (
         self._archive.timed(arm, t, stage),
-        progress.bar(f"{what} on {split}", len(missing), "model") as bar,
+        progress.bar(f"{what} on {split}", missing, "answer") as bar,
     ):
-      for name in missing:
-        self._score(name, split)
-        bar.update()
+      self._run_race(race, names, split, bar)
+
+  def _race(self, split, names, known, top, bottom):
+    """A race with the answers there are, and how many it may need yet."""
+    size, settings = len(self._items(split)), self._config.evaluate
+    is_race = settings.racing and top is not None
+    seed = self._archive.answers("seed", split) if is_race else [True] * size
+    race = racing.Race(
+        len(names),
+        seed,
+        racing.block_ends(size, settings.batch_size if is_race else size),
+        top if is_race else len(names),
+        bottom,
+        settings.racing_error,
+    )
+    missing = size * len(names)
+    for i, name in enumerate(names):
+      if name not in known:
+        continue
+      if known[name].correct is None:
+        race.fail(i)
+        missing -= size
+      else:
+        race.add(i, self._archive.answers(name, split))
+        missing -= known[name].n
+    return race, missing
+
+  def _run_race(self, race, names, split, bar):
+    """Asks who is next until nobody is; a model stays while it goes on."""
+    items, before = self._items(split), None
+    while (turn := race.next()) is not None:
+      i, first, last = turn
+      name, start = names[i], time.monotonic()
+      failure = ""
+      if name != before:
+        params, failure = self._merge(name)
+        if failure and first:
+          raise errors.UserError(_unrepeated(name, failure))
+        if not failure:
+          self._sampler.swap_weights(params, name)
+        before = name
+      merged = time.monotonic()
+      if failure:
+        responses, last = [], len(items)
+        race.fail(i)
+      else:
+        responses = self._respond(items[first:last], first)
+        race.add(i, [r.correct for r in responses])
+      self._archive.add_score(
+          records.Score(
+              model=name,
+              split=split,
+              n=last - first,
+              correct=None if failure else sum(r.correct for r in responses),
+              merge_s=merged - start,
+              evaluate_s=time.monotonic() - merged,
+              engine=self._sampler.engine,
+              failure=failure,
+              items=len(items),
+          ),
+          responses,
+      )
+      bar.update(last - first)
 
   def _reuse(self, names: Sequence[str], models: Sequence[str]):
     """Gives programs the dev scores of those that do the same.
@@ -616,30 +703,11 @@ class _Run:
     method, parameters = _sweep_settings(family, settings)
     return merges.method(method, **parameters)
 
-  def _score(self, name: str, split: str):
-    start = time.monotonic()
-    params, failure = self._merge(name)
-    merged = time.monotonic()
-    responses = [] if failure else self._respond(name, params, split)
-    self._archive.add_score(
-        records.Score(
-            model=name,
-            split=split,
-            n=len(self._items(split)),
-            correct=None if failure else sum(r.correct for r in responses),
-            merge_s=merged - start,
-            evaluate_s=time.monotonic() - merged,
-            engine=self._sampler.engine,
-            failure=failure,
-        ),
-        responses,
-    )
-
   def _respond(
-      self, name: str, params: models.Params, split: str
+      self, items: Sequence[evaluation.Item], first: int
   ) -> list[records.Response]:
-    items, settings = self._items(split), self._config.evaluate
-    self._sampler.swap_weights(params, name)
+    """What the model that the sampler has says to items from `first` on."""
+    settings = self._config.evaluate
     batches = self._sampler.generate(
         [item.prompt for item in items],
         max_new_tokens=settings.max_new_tokens,
@@ -647,7 +715,7 @@ class _Run:
         stop=self._task.stop,
     )
     generations = [generation for batch in batches for generation in batch]
-    return evaluation.grade(self._task, items, generations)
+    return evaluation.grade(self._task, items, generations, first)
 
   # Preferences and DPO.
 
@@ -664,24 +732,30 @@ class _Run:
   def _candidates(self, t: int) -> list[preferences.Candidate]:
     """The loop's scored programs of one iteration, as they were written."""
     scores = self._archive.scores(records.DEV)
-    texts, written = self._finished(t), {}
-    for verdict in self._archive.verdicts(records.LOOP, t):
-      if verdict.item in texts:
-        written.setdefault(verdict.digest, texts[verdict.item])
+    new = self._new_programs(records.LOOP, t)
     return [
-        preferences.Candidate(written[d], d, scores[_program(d)])
-        for d in self._new_programs(records.LOOP, t)
-        if d in written
+        preferences.Candidate(text, digest, scores[_program(digest)])
+        for digest, text in self._written(records.LOOP, t, new).items()
     ]
 
-  def _finished(self, t: int) -> dict[int, str]:
-    """The loop's completions by item, without those cut at the limit.
+  def _written(
+      self, arm: str, t: int, digests: Sequence[str]
+  ) -> dict[str, str]:
+    """The first completion of each program that was not cut at the limit."""
+    texts, found = self._finished(arm, t), {}
+    for verdict in self._verdicts(arm, t):
+      if verdict.item in texts:
+        found.setdefault(verdict.digest, texts[verdict.item])
+    return {digest: found[digest] for digest in digests if digest in found}
+
+  def _finished(self, arm: str, t: int) -> dict[int, str]:
+    """An arm's completions by item, without those cut at the limit.
 
     DPO ends every text in EOS, which a cut one never had.
     """
     return {
         c.item: c.text
-        for c in self._archive.completions(records.LOOP, t)
+        for c in self._archive.completions(records.LOOP if t == 1 else arm, t)
         if c.finished
     }
 
@@ -690,7 +764,7 @@ class _Run:
     with self._archive.stage(records.LOOP, t, "refine") as needed:
       if not needed:
         return
-      texts = self._finished(t)
+      texts = self._finished(records.LOOP, t)
       pairs = preferences.build(
           self._config.preferences,
           t,
@@ -761,13 +835,21 @@ class _Run:
 
   # Controls and the end.
 
-  def _baselines(self):
-    """Seed, experts, and each sweep with the loop's number of evaluations."""
-    dev, arm = records.DEV, records.LOOP
-    self._score_all(arm, 0, "single models", dev, self._single_models())
+  def _sweeps(self):
+    """Each sweep, with as many models as the loop evaluated."""
     for family in records.SWEEPS:
-      names = self._sweep(family, len(self._evaluated(arm)))
-      self._score_all(arm, 0, family, dev, names)
+      names = self._sweep(family, len(self._evaluated(records.LOOP)))
+      self._score_all(records.LOOP, 0, family, records.DEV, names, top=1)
+
+  def _finalists(self):
+    """Settles which programs of all iterations are the best."""
+    for arm, top in self._tested():
+      names = list(map(_program, self._evaluated(arm)))
+      self._score_all(arm, 0, "finalists", records.DEV, names, top)
+
+  def _tested(self) -> tuple[tuple[str, int], ...]:
+    """How many programs of each arm go to the test set."""
+    return (records.LOOP, self._config.top_k), (records.CONTROL, 1)
 
   def _single_models(self) -> list[str]:
     return ["seed", *(f"expert:{name}" for name in self._config.experts)]
@@ -796,7 +878,7 @@ class _Run:
     chosen = self._single_models()
     for family in records.SWEEPS:
       chosen += _best(dev, [m for m in dev if m.startswith(f"{family}:")], 1)
-    for arm, n in ((records.LOOP, self._config.top_k), (records.CONTROL, 1)):
+    for arm, n in self._tested():
       chosen += _best(dev, map(_program, self._evaluated(arm)), n)
     distinct = list(dict.fromkeys(chosen))
     self._score_all(records.LOOP, 0, "best", records.TEST, distinct)
@@ -816,11 +898,7 @@ class _Run:
     for name in _best(dev, programs, 1):
       params, failure = self._merge(name)
       if failure:
-        raise errors.UserError(
-            f"the best program, {name}, was merged before and now is not"
-            f" ({failure}); free memory or raise merge.timeout_s, the same"
-            " command resumes"
-        )
+        raise errors.UserError(_unrepeated(name, failure))
       convert.save(
           self._archive.workdir / "best",
           self._models.decoder,
@@ -829,9 +907,18 @@ class _Run:
       )
 
 
+def _unrepeated(name: str, failure: str) -> str:
+  return (
+      f"{name} was merged before and now is not ({failure}); free memory or"
+      " raise merge.timeout_s, the same command resumes"
+  )
+
+
 def _best(
     scores: Mapping[str, records.Score], names: Iterable[str], n: int
 ) -> list[str]:
-  """The `n` best of the models that could be evaluated; ties to the earlier."""
-  scored = [m for m in names if scores[m].accuracy is not None]
+  """The `n` best of the models with all answers; ties to the earlier."""
+  scored = [
+      m for m in names if scores[m].complete and scores[m].correct is not None
+  ]
   return sorted(scored, key=lambda m: -scores[m].accuracy)[:n]
