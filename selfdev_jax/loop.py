@@ -51,10 +51,10 @@ from selfdev_jax.sandbox import runner
 
 # What the sweeps search: factors of a task vector, evenly on a log scale (the
 # best ones differ by an order of magnitude between worlds), densities of TIES.
-_SCALES = (0.02, 2.0)
+SCALES = (0.02, 2.0)
 _DENSITIES = (0.05, 1.0)
 
-_LAST_STAGE = "export"
+LAST_STAGE = "export"
 
 # The control draws at most this many times the loop's samples to evaluate as
 # many new programs as the loop did.
@@ -115,7 +115,7 @@ def run(
       for name in (config.seed_model, *config.experts)
   }
   with store_lib.lock(workdir), contextlib.ExitStack() as stack:
-    loaded = _load(config, paths, stack)
+    loaded = load(config, paths, stack)
     box = stack.enter_context(_sandbox(config, loaded, host))
     longest = _check_lengths(config, loaded)
     identity = {
@@ -123,7 +123,9 @@ def run(
     }
     prompt = programs.load_prompt(config.propose.prompt)
     identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
-    identity["items"] = _items_digest(config.evaluate)
+    identity["items"] = evaluation.digest(
+        [item for items in _items(config).values() for item in items]
+    )
     provenance = _provenance() | {
         "sandbox": box.layers(),
         "allow_weak_sandbox": host.allow_weak_sandbox,
@@ -131,7 +133,7 @@ def run(
     archive = stack.enter_context(
         store_lib.Store.create(workdir, config, identity, provenance)
     )
-    if archive.is_done(records.LOOP, 0, _LAST_STAGE):
+    if archive.is_done(records.LOOP, 0, LAST_STAGE):
       return
     sampler = stack.enter_context(
         contextlib.closing(_sampler(config, loaded, longest, host, archive))
@@ -145,9 +147,7 @@ def check(config: config_lib.Config):
   Raises:
     UserError: naming the key.
   """
-  task = evaluation.load(config.evaluate)
-  task.items(records.DEV, config.evaluate.dev_size)
-  task.items(records.TEST, config.evaluate.test_size)
+  _items(config)
   programs.load_prompt(config.propose.prompt)
   if config.dpo.trains != "lora":
     raise errors.UserError(
@@ -160,18 +160,14 @@ def check(config: config_lib.Config):
     raise errors.UserError("config key 'experts' names a model twice")
 
 
-def _items_digest(settings: config_lib.Evaluate) -> str:
-  """Names what is asked and what counts as right, of both splits."""
+def _items(config: config_lib.Config) -> dict[str, list[evaluation.Item]]:
+  """What is asked on each split."""
+  settings = config.evaluate
   task = evaluation.load(settings)
-  items = [
-      dataclasses.astuple(item)
-      for split, n in (
-          (records.DEV, settings.dev_size),
-          (records.TEST, settings.test_size),
-      )
-      for item in task.items(split, n)
-  ]
-  return hashlib.sha256(json.dumps(items).encode()).hexdigest()
+  return {
+      records.DEV: task.items(records.DEV, settings.dev_size),
+      records.TEST: task.items(records.TEST, settings.test_size),
+  }
 
 
 def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
@@ -190,23 +186,19 @@ def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
         f" {positions} positions; lower propose.max_new_tokens"
     )
   longest = [prompt + new + 1]
-  task, sizes = evaluation.load(config.evaluate), config.evaluate
-  new = sizes.max_new_tokens
+  new = config.evaluate.max_new_tokens
   if new >= positions:
     raise errors.UserError(
         f"evaluate.max_new_tokens is {new}, the model has {positions}"
         " positions; lower it"
     )
-  for split, n in (
-      (records.DEV, sizes.dev_size),
-      (records.TEST, sizes.test_size),
-  ):
-    lengths = [count(item.prompt) for item in task.items(split, n)]
+  for split, items in _items(config).items():
+    lengths = [count(item.prompt) for item in items]
     cut = sum(length + new > positions for length in lengths)
     if cut:
       progress.note(
-          f"{cut} of {n} {split} prompts and {new} new tokens exceed the"
-          f" model's {positions} positions; they lose their beginning, and"
+          f"{cut} of {len(items)} {split} prompts and {new} new tokens exceed"
+          f" the model's {positions} positions; they lose their beginning, and"
           " their responses say so"
       )
     longest.append(min(max(lengths) + new, positions))
@@ -254,8 +246,18 @@ def _sampler(
   return sampler
 
 
-def _load(config, paths, stack: contextlib.ExitStack) -> Models:
-  """Reads the models; what has to be closed again goes on `stack`."""
+def load(
+    config: config_lib.Config,
+    paths: Mapping[str, pathlib.Path],
+    stack: contextlib.ExitStack,
+) -> Models:
+  """Reads the models of a config.
+
+  Args:
+    config: of the run.
+    paths: directories, by the config's names.
+    stack: gets what has to be closed again.
+  """
   seed_path = paths[config.seed_model]
   decoder, seed = convert.load(seed_path)
   experts = {name: paths[name] for name in config.experts}
@@ -270,7 +272,7 @@ def _load(config, paths, stack: contextlib.ExitStack) -> Models:
     trees = {name: convert.load(path)[1] for name, path in experts.items()}
     merges = runner.Merges(seed, trees, scope)
   else:
-    _check_shared_device("the process that merges")
+    engine_lib.check_shared_device("the process that merges")
     merges = stack.enter_context(
         runner.Runner(seed, seed_path, experts, scope, config.merge.timeout_s)
     )
@@ -278,16 +280,6 @@ def _load(config, paths, stack: contextlib.ExitStack) -> Models:
     progress.note(note)
   tokenizer = convert.load_tokenizer(seed_path)
   return Models(decoder, seed, merges, tokenizer, seed_path)
-
-
-def _check_shared_device(other: str):
-  if jax.default_backend() == "gpu" and (
-      os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") != "false"
-  ):
-    progress.note(
-        f"JAX takes most of the GPU's memory ahead of {other}: set"
-        " XLA_PYTHON_CLIENT_PREALLOCATE=false"
-    )
 
 
 def _differences(
@@ -381,6 +373,7 @@ class _Run:
     self._box = box
     self._prompt = programs.load_prompt(config.propose.prompt)
     self._task = evaluation.load(config.evaluate)
+    self._items = _items(config)
     self._sampler = sampler
 
   def run(self):
@@ -399,7 +392,7 @@ class _Run:
     with self._archive.stage(records.LOOP, 0, store_lib.SEARCH):
       pass
     self._test()
-    with self._archive.stage(records.LOOP, 0, _LAST_STAGE) as needed:
+    with self._archive.stage(records.LOOP, 0, LAST_STAGE) as needed:
       if needed:
         self._export()
 
@@ -549,13 +542,6 @@ class _Run:
 
   # Scores.
 
-  def _items(self, split: str) -> list[evaluation.Item]:
-    sizes = {
-        records.DEV: self._config.evaluate.dev_size,
-        records.TEST: self._config.evaluate.test_size,
-    }
-    return self._task.items(split, sizes[split])
-
   def _score_all(
       self,
       arm: str,
@@ -600,7 +586,7 @@ class _Run:
 
   def _race(self, split, names, known, top, bottom):
     """A race with the answers there are, and how many it may need yet."""
-    size, settings = len(self._items(split)), self._config.evaluate
+    size, settings = len(self._items[split]), self._config.evaluate
     is_race = settings.racing and top is not None
     seed = self._archive.answers("seed", split) if is_race else [True] * size
     race = racing.Race(
@@ -625,7 +611,7 @@ class _Run:
 
   def _run_race(self, race, names, split, bar):
     """Asks who is next until nobody is; a model stays while it goes on."""
-    items, before = self._items(split), None
+    items, before = self._items[split], None
     while (turn := race.next()) is not None:
       i, first, last = turn
       name, start = names[i], time.monotonic()
@@ -858,18 +844,18 @@ class _Run:
     """Names of `budget` settings of a baseline, the same in every session."""
     experts = len(self._config.experts)
     if family == "task_arithmetic":
-      scales = np.geomspace(*_SCALES, budget).round(5)
+      scales = np.geomspace(*SCALES, budget).round(5)
       return [f"task_arithmetic:scale={s}" for s in scales]
     if family == "ties":
       # TIES averages where task arithmetic sums: the same range a sum over.
       side = math.isqrt(max(budget - 1, 0)) + 1
-      scales = (np.geomspace(*_SCALES, side) * experts).round(5)
+      scales = (np.geomspace(*SCALES, side) * experts).round(5)
       densities = np.geomspace(*_DENSITIES, side).round(5)
       grid = [f"ties:density={d},scale={s}" for s in scales for d in densities]
       kept = np.linspace(0, len(grid) - 1, budget).round().astype(int)
       return [grid[i] for i in kept]
     rng = np.random.default_rng([self._config.seed, zlib.crc32(b"weights")])
-    drawn = np.exp(rng.uniform(*np.log(_SCALES), (budget, experts))).round(5)
+    drawn = np.exp(rng.uniform(*np.log(SCALES), (budget, experts))).round(5)
     return ["weights:" + ",".join(map(str, row)) for row in drawn]
 
   def _test(self):

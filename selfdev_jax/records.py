@@ -40,7 +40,9 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
   p, z2 = correct / n, _Z95**2
   centre = (p + z2 / (2 * n)) / (1 + z2 / n)
   half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-  return max(0.0, centre - half), min(1.0, centre + half)
+  # Rounding leaves the ends of these just inside.
+  low = centre - half if correct else 0.0
+  return low, centre + half if correct < n else 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ def read_config(workdir: str | os.PathLike) -> config_lib.Config:
 
 
 def _config(archive):
-  if not archive.is_done(records.LOOP, 0, loop._LAST_STAGE):
+  if not archive.is_done(records.LOOP, 0, loop.LAST_STAGE):
     raise errors.UserError(
         f"the run in {archive.workdir} is not finished; the command that"
         " started it resumes it"
@@ -255,7 +255,7 @@ def run(
     kept = run_lib.settle(out / _ABOUT, about, is_new, "out")
     if (out / _RESULT).exists():
       return json.loads((out / _RESULT).read_text(encoding="utf-8"))
-    loaded = loop._load(config, paths, stack)
+    loaded = loop.load(config, paths, stack)
     longest = _longest(parts, loaded.decoder.max_positions)
     candidates = _fit(found, config, loaded.merges.shapes, host)
     sampler = stack.enter_context(
@@ -302,7 +302,7 @@ def _about(found, config, digests, tasks, parts, top, kind):
           if key not in _NO_MATTER
       },
       **{
-          f"{name}.{split}_items_sha256": run_lib.digest_items(part.items)
+          f"{name}.{split}_items_sha256": evaluation.digest(part.items)
           for (name, split), part in parts.items()
       },
       "versions": run_lib.versions(),
@@ -400,7 +400,7 @@ class _Transfer:
     self._programs = {c.model: c.program for c in candidates if c.program}
     self._scales = [
         f"{_SCALE}{scale}"
-        for scale in np.geomspace(*loop._SCALES, len(self._programs)).round(5)
+        for scale in np.geomspace(*loop.SCALES, len(self._programs)).round(5)
     ]
 
   def run(self) -> dict[str, Any]:

@@ -199,7 +199,8 @@ def _answer(run, monkeypatch, is_right):
 
 def test_a_race_asks_less_and_finds_the_same(run, monkeypatch):
   evaluate = config_lib.Evaluate(dev_size=400, batch_size=25)
-  run._config = dataclasses.replace(_CONFIG, evaluate=evaluate)
+  config = dataclasses.replace(_CONFIG, evaluate=evaluate)
+  run = loop._Run(config, run._archive, run._models, run._box, run._sampler)
   rng = np.random.default_rng(0)
   skill = {f"program:{i}": i / 50 for i in range(40)} | {"seed": 0.5}
   right = {name: rng.uniform(size=400) < p for name, p in skill.items()}
@@ -382,10 +383,10 @@ def test_prompts_that_do_not_fit_are_counted(run, capsys):
   cut = sum(len(prompt) + 8 > limit for prompt in prompts)
   said = capsys.readouterr().err
   assert 0 < cut < 20 and f"{cut} of 20 dev prompts and 8 new" in said
-  run._config = config
+  run = loop._Run(config, run._archive, run._models, run._box, None)
   run._sampler = sampling.JaxSampler(shapes, _Words(), (1,))
   run._sampler.swap_weights(run._models.seed, "seed")
-  responses = run._respond(run._items(records.DEV), 0)
+  responses = run._respond(run._items[records.DEV], 0)
   assert sum(response.truncated for response in responses) == cut
 
 
@@ -457,7 +458,7 @@ def test_an_expert_of_another_vocabulary_is_told(tmp_path, monkeypatch, capsys):
   config = dataclasses.replace(_CONFIG, merge=config_lib.Merge(scope="all"))
   with contextlib.ExitStack() as stack:
     paths = {name: tmp_path / name for name in ("seed", "a", "b")}
-    loaded = loop._load(config, paths, stack)
+    loaded = loop.load(config, paths, stack)
     expert, failure = loaded.merges.expert("a")
   assert not failure and expert["embed"].shape == (300, 8)
   said = capsys.readouterr().err
@@ -475,7 +476,7 @@ def test_an_expert_of_another_rope_is_told(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(convert, "load_tokenizer", lambda directory: _Words())
   with contextlib.ExitStack() as stack:
     paths = {name: tmp_path / name for name in ("seed", "a", "b")}
-    loop._load(_CONFIG, paths, stack)
+    loop.load(_CONFIG, paths, stack)
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("Note: expert b has rope Rope(theta=1000000")
   assert "merged and run with the seed model's" in line

@@ -281,7 +281,7 @@ def test_the_archive_is_only_read(world, tmp_path):
 
 def test_a_finished_transfer_returns_at_once(done, world, monkeypatch):
   out, result = done
-  monkeypatch.setattr(loop, "_load", None)
+  monkeypatch.setattr(loop, "load", None)
   assert _run(world, out) == result
 
 

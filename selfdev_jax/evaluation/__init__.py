@@ -1,5 +1,6 @@
 """Tasks, their splits, and how answers are graded."""
 
+from selfdev_jax.evaluation.task import digest
 from selfdev_jax.evaluation.task import Item
 from selfdev_jax.evaluation.task import Mark
 from selfdev_jax.evaluation.task import Task
@@ -7,4 +8,4 @@ from selfdev_jax.evaluation.tasks import grade
 from selfdev_jax.evaluation.tasks import load
 from selfdev_jax.evaluation.tasks import TASKS
 
-__all__ = ["TASKS", "Item", "Mark", "Task", "grade", "load"]
+__all__ = ["TASKS", "Item", "Mark", "Task", "digest", "grade", "load"]

@@ -22,8 +22,8 @@ from selfdev_jax import records
 from selfdev_jax.evaluation import data
 from selfdev_jax.evaluation import gsm8k
 from selfdev_jax.evaluation import minerva
+from selfdev_jax.evaluation import task as task_lib
 from selfdev_jax.evaluation import tasks
-from selfdev_jax.evaluation import workers
 from selfdev_jax.evaluation.task import Mark
 
 _FIELDS = ("response", "answer")
@@ -124,7 +124,8 @@ def score(
   marks = _marks(task, loaded, found)
   seconds = time.monotonic() - start
   metrics = {
-      name: _summary([mark[name] for mark in marks]) for name in loaded.metrics
+      name: task_lib.summarize([mark[name] for mark in marks])
+      for name in loaded.metrics
   }
   headline = metrics[loaded.headline]
   if out is not None:
@@ -181,19 +182,6 @@ def _marks(
       marks += task.score([r.text for r in part], [r.gold for r in part])
       bar.update(len(part))
   return marks
-
-
-def _summary(marks: Sequence[Mark]) -> dict[str, Any]:
-  n, correct = len(marks), sum(mark.correct for mark in marks)
-  troubles = [mark.trouble for mark in marks]
-  return {
-      "correct": correct,
-      "accuracy": correct / n,
-      "ci95": list(records.wilson(correct, n)),
-      "unextracted": sum(mark.extracted is None for mark in marks),
-      "timeouts": troubles.count(workers.TIMEOUT),
-      "errors": troubles.count(workers.ERROR),
-  }
 
 
 def _agreement(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -198,12 +197,6 @@ def write_json(path: pathlib.Path, value: Any):
   partial.replace(path)
 
 
-def digest_items(items: Sequence[task_lib.Item]) -> str:
-  """SHA-256 of prompts and golds, in hex."""
-  text = json.dumps([[item.prompt, item.gold] for item in items])
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
 def versions() -> dict[str, str]:
   """Of the packages that an answer depends on."""
   return {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -337,7 +330,7 @@ def evaluate(
   about = {
       "task": settings.task,
       "items": len(items),
-      "items_sha256": digest_items(items),
+      "items_sha256": task_lib.digest(items),
       "shots": task.shots,
       "template": None,
       "bos_in_prompt": {tokenizer.bos_token_id} == {p[0] for p in prompts},
@@ -431,7 +424,12 @@ def summarize(
     "prompts_truncated" prompts that lost their beginning; "generated_tokens"
     are those of all answers.
   """
-  scores = {name: _score([r["marks"][name] for r in rows]) for name in metrics}
+  scores = {
+      name: task_lib.summarize(
+          [task_lib.Mark(**row["marks"][name]) for row in rows]
+      )
+      for name in metrics
+  }
   headline = scores[metrics[0]]
   n = len(rows)
   cut = sum(not row["finished"] for row in rows)
@@ -444,19 +442,6 @@ def summarize(
       "cut_rate": cut / n,
       "prompts_truncated": sum(row["prompt_truncated"] for row in rows),
       "generated_tokens": sum(row["tokens"] for row in rows),
-  }
-
-
-def _score(marks):
-  n, correct = len(marks), sum(m["correct"] for m in marks)
-  troubles = [m["trouble"] for m in marks]
-  return {
-      "correct": correct,
-      "accuracy": correct / n,
-      "ci95": list(records.wilson(correct, n)),
-      "unextracted": sum(m["extracted"] is None for m in marks),
-      "timeouts": troubles.count("timeout"),
-      "errors": troubles.count("error"),
   }
 
 

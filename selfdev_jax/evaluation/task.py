@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from selfdev_jax import records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +62,29 @@ class Task:
   @property
   def headline(self) -> str:
     return self.metrics[0]
+
+
+def digest(items: Sequence[Item]) -> str:
+  """SHA-256 of prompts and golds, in hex."""
+  text = json.dumps([[item.prompt, item.gold] for item in items])
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def summarize(marks: Sequence[Mark]) -> dict[str, Any]:
+  """What the marks by one metric, at least one, amount to.
+
+  Returns:
+    "correct"; "accuracy" and its Wilson interval "ci95", fractions; and how
+    many answers were not found, timed out or failed in the scorer:
+    "unextracted", "timeouts", "errors".
+  """
+  n, correct = len(marks), sum(mark.correct for mark in marks)
+  troubles = [mark.trouble for mark in marks]
+  return {
+      "correct": correct,
+      "accuracy": correct / n,
+      "ci95": list(records.wilson(correct, n)),
+      "unextracted": sum(mark.extracted is None for mark in marks),
+      "timeouts": troubles.count("timeout"),
+      "errors": troubles.count("error"),
+  }
