@@ -50,6 +50,15 @@ def logs(tmp_path_factory):
   from lm_eval import loggers
   from lm_eval import tasks
   from lm_eval.api import model
+  from lm_eval.tasks.minerva_math import utils
+
+  # What sympy loads late, ahead of the harness's alarms: on a busy machine
+  # they ring meanwhile, and in the middle of whatever Python is at.
+  answer = r"Final Answer: The final answer is $\frac12$. I hope it is correct."
+  doc = {"answer": r"\frac{2}{4}", "solution": r"$\boxed{\frac{2}{4}}$"}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(utils.timeout, "__enter__", lambda _: None)
+    utils.process_results(doc, [answer])
 
   class Table(model.LM):
 
