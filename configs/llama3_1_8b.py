@@ -16,8 +16,7 @@ H200:
 
 49 GB of the host, 39 GB in the workdir, 48 GB of models. 80 GB do not hold it:
 three models of 16 GB are where the merges are, another one where the run is,
-and two results of 11 GB. Racing spares 6 of the hours where it asks half of the
-answers, and takes 4 at most to merge again what it comes back to.
+and two results of 11 GB. The hours are without what racing spares.
 
   XLA_PYTHON_CLIENT_PREALLOCATE=false python -m launch.self_develop \
     --config=configs/llama3_1_8b.py --workdir=runs/llama_8b
@@ -42,13 +41,14 @@ def get_config():
           ),
           sampler="vllm",
           vllm=config_lib.Vllm(gpu_memory_utilization=0.2),
-          propose=config_lib.Propose(batch_size=256),
+          propose=config_lib.Propose(batch_size=1000),
           evaluate=config_lib.Evaluate(
               task="gsm8k",
               shots=5,
               dev_size=1000,
               test_size=1319,
-              batch_size=128,
+              batch_size=1000,
+              racing_block=250,
               max_new_tokens=512,
               # Coming back to a model of 16 GB takes as long as a block.
           ),

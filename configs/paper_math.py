@@ -14,8 +14,7 @@ files), of 43 GPU hours on one H200:
   test, 23 models                          1.4                130
 
 What the paper leaves open is as in paper_gsm8k.py, and so is why 80 GB do not
-hold it; solutions are longer: at most 1,024 new tokens. Racing spares 18 of
-these hours where it asks half of the answers, and takes 4 at most. The field
+hold it; solutions are longer: at most 1,024 new tokens. The field
 gives four shots, the paper five: the fifth is drawn from the training split.
 
   pip install -e .[eval]

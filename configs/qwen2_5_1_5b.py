@@ -17,8 +17,8 @@ hours on one RTX 4090:
   three sweeps as large                    9.3                 22
   test, 22 models                          0.9                 22
 
-15 GB of the host, 9 GB in the workdir, 9 GB of models. Racing spares 21 of
-the hours where it asks half of the answers. An L4 takes 119 hours.
+15 GB of the host, 9 GB in the workdir, 9 GB of models. The hours are
+without what racing spares. An L4 takes 119 hours.
 
   XLA_PYTHON_CLIENT_PREALLOCATE=false python -m launch.self_develop \
     --config=configs/qwen2_5_1_5b.py --workdir=runs/qwen_1_5b
@@ -49,6 +49,7 @@ def get_config():
               dev_size=500,
               test_size=1319,
               batch_size=24,
+              racing_block=96,
               max_new_tokens=256,
           ),
           dpo=config_lib.Dpo(lora_rank=128, lora_alpha=128.0, parts=4),

@@ -14,8 +14,8 @@ from the published files), of 53 GPU hours on one A100:
   three sweeps as large                     11                 72
   test, 22 models                          1.8                 72
 
-29 GB of the host, 27 GB in the workdir, 24 GB of models. Racing spares 24 of
-the hours where it asks half of the answers, and takes 2 at most.
+29 GB of the host, 27 GB in the workdir, 24 GB of models. The hours are
+without what racing spares.
 
   pip install -e .[eval]
   XLA_PYTHON_CLIENT_PREALLOCATE=false python -m launch.self_develop \
@@ -40,13 +40,14 @@ def get_config():
           ),
           sampler="vllm",
           vllm=config_lib.Vllm(gpu_memory_utilization=0.28),
-          propose=config_lib.Propose(batch_size=256),
+          propose=config_lib.Propose(batch_size=1000),
           evaluate=config_lib.Evaluate(
               task="math",
               shots=5,
               dev_size=1000,
               test_size=5000,
-              batch_size=128,
+              batch_size=1000,
+              racing_block=250,
               max_new_tokens=1024,
           ),
           dpo=config_lib.Dpo(parts=2),

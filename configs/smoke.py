@@ -33,6 +33,7 @@ def get_config():
               dev_size=60,
               test_size=120,
               batch_size=20,
+              racing_block=20,
               max_new_tokens=16,
           ),
           preferences=config_lib.Preferences(

@@ -114,7 +114,7 @@ def _simulate(answers, reference):
       _ERROR.value,
   )
   asked = np.zeros(models, int)
-  while (turn := race.next()) is not None:
+  while (turn := race.turn()) is not None:
     model, first, last = turn
     race.add(model, answers[model, first:last])
     asked[model] = last

@@ -98,8 +98,9 @@ class Evaluate:
     max_new_tokens: of an answer.
     racing: a model that can no longer be chosen or rejected is not scored on
       all of the development set; see evaluation/racing.py.
-    racing_error: with at most this probability one was stopped wrongly, in an
-      iteration.
+    racing_block: items between two decisions.
+    racing_error: with at most this probability one was stopped wrongly, in a
+      race: of an iteration's programs, of a sweep, or at the end.
   """
 
   task: str = "arithmetic"
@@ -112,6 +113,7 @@ class Evaluate:
   batch_size: int = _between(300, 1)
   max_new_tokens: int = _between(20, 1)
   racing: bool = True
+  racing_block: int = _between(100, 1)
   racing_error: float = _between(0.05, 1e-9, 0.5)
 
 

@@ -528,7 +528,8 @@ class _Run:
     """Scores programs on the development set; known ones are not run again."""
     names = list(map(_program, digests))
     top, bottom = preferences.bands(self._config.preferences, len(names))
-    # A program of a completion that was cut is no candidate, but ranks.
+    # The control races as the loop does, so that their means compare. A
+    # program of a completion that was cut is no candidate, but ranks.
     cut = len(names) - len(self._written(arm, t, digests))
     self._score_all(
         arm, t, "evaluate", records.DEV, names, top + cut, bottom + cut
@@ -574,52 +575,52 @@ class _Run:
             for name in names
         )
     )
-    race, missing = self._race(split, names, known, top, bottom)
-    if race.next() is None:
+    race = self._race(split, names, known, top, bottom)
+    if race.turn() is None:
       return
     what = f"{_where(arm, t)}scoring" if t else f"Scoring {stage}"
     with (
         self._archive.timed(arm, t, stage),
-        progress.bar(f"{what} on {split}", missing, "answer") as bar,
+        progress.bar(f"{what} on {split}", race.missing, "answer") as bar,
     ):
       self._run_race(race, names, split, bar)
 
   def _race(self, split, names, known, top, bottom):
-    """A race with the answers there are, and how many it may need yet."""
+    """A race with the answers there are."""
     size, settings = len(self._items[split]), self._config.evaluate
     is_race = settings.racing and top is not None
     seed = self._archive.answers("seed", split) if is_race else [True] * size
     race = racing.Race(
         len(names),
         seed,
-        racing.block_ends(size, settings.batch_size if is_race else size),
+        racing.block_ends(size, settings.racing_block if is_race else size),
         top if is_race else len(names),
         bottom,
         settings.racing_error,
     )
-    missing = size * len(names)
     for i, name in enumerate(names):
       if name not in known:
         continue
       if known[name].correct is None:
         race.fail(i)
-        missing -= size
       else:
         race.add(i, self._archive.answers(name, split))
-        missing -= known[name].n
-    return race, missing
+    return race
 
   def _run_race(self, race, names, split, bar):
     """Asks who is next until nobody is; a model stays while it goes on."""
-    items, before = self._items[split], None
-    while (turn := race.next()) is not None:
+    items, before, missing = self._items[split], None, race.missing
+    while (turn := race.turn()) is not None:
       i, first, last = turn
       name, start = names[i], time.monotonic()
       failure = ""
       if name != before:
         params, failure = self._merge(name)
-        if failure and first:
-          raise errors.UserError(_unrepeated(name, failure))
+        # Whoever has answered, or was chosen for its answers, was merged.
+        if failure and (first or split == records.TEST):
+          params, failure = self._merge(name)
+          if failure:
+            raise errors.UserError(_unrepeated(name, failure))
         if not failure:
           self._sampler.swap_weights(params, name)
         before = name
@@ -644,7 +645,8 @@ class _Run:
           ),
           responses,
       )
-      bar.update(last - first)
+      bar.update(missing - race.missing)
+      missing = race.missing
 
   def _reuse(self, names: Sequence[str], models: Sequence[str]):
     """Gives programs the dev scores of those that do the same.
@@ -697,7 +699,8 @@ class _Run:
     batches = self._sampler.generate(
         [item.prompt for item in items],
         max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
+        # The embedded sampler would fill a smaller batch up.
+        batch_size=min(settings.batch_size, len(items)),
         stop=self._task.stop,
     )
     generations = [generation for batch in batches for generation in batch]
@@ -895,8 +898,8 @@ class _Run:
 
 def _unrepeated(name: str, failure: str) -> str:
   return (
-      f"{name} was merged before and now is not ({failure}); free memory or"
-      " raise merge.timeout_s, the same command resumes"
+      f"{name} was merged before and now is not ({failure}); free memory, or"
+      " stop what else runs here: the same command resumes"
   )
 
 

@@ -363,6 +363,8 @@ class Store:
           " ON CONFLICT (model, split) DO UPDATE SET n = n + excluded.n,"
           " correct = correct + excluded.correct,"
           " merge_s = merge_s + excluded.merge_s,"
+          " engine = CASE WHEN instr(engine, excluded.engine) THEN engine"
+          " ELSE engine || ', ' || excluded.engine END,"
           " evaluate_s = evaluate_s + excluded.evaluate_s",
           dataclasses.astuple(score),
       )

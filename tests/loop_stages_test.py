@@ -198,7 +198,7 @@ def _answer(run, monkeypatch, is_right):
 
 
 def test_a_race_asks_less_and_finds_the_same(run, monkeypatch):
-  evaluate = config_lib.Evaluate(dev_size=400, batch_size=25)
+  evaluate = config_lib.Evaluate(dev_size=400, racing_block=25)
   config = dataclasses.replace(_CONFIG, evaluate=evaluate)
   run = loop._Run(config, run._archive, run._models, run._box, run._sampler)
   rng = np.random.default_rng(0)
@@ -250,6 +250,25 @@ def test_a_race_asks_less_and_finds_the_same(run, monkeypatch):
   score()
   counted = lambda scores: {n: (s.n, s.correct) for n, s in scores.items()}
   assert counted(run._archive.scores(records.DEV)) == counted(interrupted)
+
+
+def test_who_was_merged_before_is_not_given_up(run, monkeypatch):
+  _answer(run, monkeypatch, lambda name, item: item % 2 == 0)
+  score = lambda split: run._score_all(records.LOOP, 0, "best", split, ["seed"])
+  score(records.DEV)
+  with run._archive.stage(records.LOOP, 0, store_lib.SEARCH):
+    pass
+  merge, failures = run._merge, ["crash"] * 2
+  again = lambda name: (
+      runner.Merged(None, failures.pop()) if failures else merge(name)
+  )
+  monkeypatch.setattr(run, "_merge", again)
+  with pytest.raises(errors.UserError, match=r"merged before.* \(crash\)"):
+    score(records.TEST)
+  assert not run._archive.scores(records.TEST)
+  failures.append("timeout")  # Once is no verdict.
+  score(records.TEST)
+  assert run._archive.scores(records.TEST)["seed"].correct == 600
 
 
 def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(run):

@@ -8,12 +8,14 @@ import pathlib
 import random
 
 from absl.testing import parameterized
+import numpy as np
 import pytest
 
 from selfdev_jax import config as config_lib
 from selfdev_jax import preferences
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
+from selfdev_jax.evaluation import racing
 
 _CONFIG = config_lib.Preferences(
     top_fraction=0.2, bottom_fraction=0.3, elites=2
@@ -274,3 +276,71 @@ def test_other_test_scores_same_pairs(tmp_path: pathlib.Path, seed):
     ]
     pairs.append(_build(candidates, max_pairs=4, seed=seed))
   assert pairs[0] == pairs[1] != []
+
+
+def _raced(answers, failed, cut, bands, reference):
+  """Items asked of each model, the cut ones' as the loop lets them race."""
+  models, size = answers.shape
+  top, bottom = (wanted + int(cut.sum()) for wanted in bands)
+  ends = racing.block_ends(size, 20)
+  race = racing.Race(models, reference, ends, top, bottom, 0.05)
+  asked = np.zeros(models, int)
+  while (turn := race.turn()) is not None:
+    model, first, last = turn
+    if failed[model]:
+      race.fail(model)
+      asked[model] = size
+    else:
+      race.add(model, answers[model, first:last])
+      asked[model] = last
+  return asked
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_race_leads_to_the_pairs_of_full_evaluation(seed):
+  rng = np.random.default_rng(seed)
+  size, models = 400, int(rng.integers(15, 60))
+  config = config_lib.Preferences(
+      top_fraction=float(rng.choice([0.0, 0.03, 0.1])),
+      bottom_fraction=float(rng.choice([0.0, 0.1, 0.2])),
+      elites=int(rng.integers(0, 5)),
+      invalid_fraction=float(rng.choice([0.0, 0.3])),
+      pairing=str(rng.choice(["product", "matched"])),
+      max_pairs=int(rng.choice([5, 1000])),
+  )
+  reference = rng.uniform(size=size) < 0.5
+  whole, raced = [], []
+  for t in range(2):
+    # Spread out, bunched, and with many that answer alike.
+    skill = (
+        rng.uniform(size=models),
+        np.full(models, 0.5),
+        rng.choice([0.0, 0.5, 0.97], models),
+    )[int(rng.integers(0, 3))]
+    answers = rng.uniform(size=(models, size)) < skill[:, None]
+    failed = rng.uniform(size=models) < rng.choice([0.0, 0.2])
+    cut = rng.uniform(size=models) < rng.choice([0.0, 0.3])
+    bands = preferences.bands(config, models)
+    asked = _raced(answers, failed, cut, bands, reference)
+    for found, counts in ((whole, np.full(models, size)), (raced, asked)):
+      found.append(
+          [
+              preferences.Candidate(
+                  f"text {t} {i}",
+                  f"{t} {i}",
+                  records.Score(
+                      f"program:{t} {i}",
+                      records.DEV,
+                      size if failed[i] else int(n),
+                      None if failed[i] else int(answers[i, :n].sum()),
+                      items=size,
+                  ),
+              )
+              for i, n in enumerate(counts)
+              if not cut[i]
+          ]
+      )
+  build = lambda found: preferences.build(
+      config, 2, found[1], found[:1], ["no program"], "the prompt", 0
+  )
+  assert build(raced) == build(whole)

@@ -28,7 +28,6 @@ def block_ends(size: int, block: int) -> tuple[int, ...]:
   return (*range(block, size, block), size)
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def _log_ratio(size: int, seen: int, right: int) -> np.ndarray:
   """Log of prior over posterior of how many of `size` items are right.
 
@@ -87,7 +86,7 @@ def interval(
 
 
 class Race:
-  """One race; whoever runs it asks `next`, and tells it the answers.
+  """One race; whoever runs it asks whose turn it is, and tells the answers.
 
   What it does follows from the answers alone, so a race that is set up again
   from those that were kept goes on as it would have.
@@ -138,7 +137,7 @@ class Race:
     self._answers[model] = np.zeros(len(self._reference), bool)
     self._low[model] = self._high[model] = -1
 
-  def next(self) -> tuple[int, int, int] | None:
+  def turn(self) -> tuple[int, int, int] | None:
     """(model, item, item): who answers next, from which item to before which.
 
     First all models answer the first block. Then those at the edges go on,
@@ -156,6 +155,15 @@ class Race:
         return model, done, next(end for end in self._ends if end > done)
       self._waiting.pop(0)
     return None
+
+  @property
+  def missing(self) -> int:
+    """Answers that may be asked yet."""
+    return sum(
+        self._ends[-1] - len(answers)
+        for model, answers in enumerate(self._answers)
+        if not self.is_out(model)
+    )
 
   def is_out(self, model: int) -> bool:
     """Whether it is surely neither among the best nor among the worst.
@@ -186,7 +194,7 @@ class Race:
         for order, wanted in ((-scores, self._top), (scores, self._bottom))
         if wanted
     ]
-    nearest = np.min(edges, axis=0) if edges else scores
+    nearest = np.min(edges, axis=0) if edges else np.zeros(len(scores))
     return list(map(int, np.argsort(nearest, kind="stable")))
 
 

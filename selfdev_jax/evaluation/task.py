@@ -45,7 +45,8 @@ class Task:
 
   Attributes:
     items: (split, n) -> the first n items of that split, in the task's fixed
-      order; n None: all of them.
+      order; n None: all of them. The development set's is a random one, or
+      spreads kinds evenly: races (racing.py) rely on it.
     metrics: names of its metrics, lm-evaluation-harness's where it has them;
       the first is the headline.
     score: (generations, golds) -> for each generation a mark by each metric.

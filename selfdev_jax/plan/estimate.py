@@ -78,10 +78,6 @@ class Estimate:
     host_bytes: of the host's memory.
     disk_bytes: of the workdir.
     download_bytes: of the hub's cache, if nothing is there.
-    racing_seconds: that racing spares where it asks half of the answers; in
-      the runs that were simulated it asked 34 to 55 % (BUILD_NOTES.md).
-    remerging_seconds: that racing takes at most for models that it comes back
-      to, of which only one is there at a time.
     vllm_texts: evaluations that vLLM's share of the device has room for at
       once; None without vLLM or a device.
   """
@@ -91,8 +87,6 @@ class Estimate:
   host_bytes: float
   disk_bytes: float
   download_bytes: float
-  racing_seconds: float | None
-  remerging_seconds: float | None
   vllm_texts: int | None
 
   @property
@@ -157,21 +151,22 @@ class Estimator:
       if t < last:
         stages.append(self._refine(t))
     for family in records.SWEEPS:
-      stages.append(self._scored(family, budget, 1, records.DEV))
+      stages.append(self._scored(family, budget, 1, records.DEV, races=True))
+    if config.evaluate.racing:
+      asked = f"asks the best {config.top_k} of all iterations what is missing"
+      time = None if self._device is None else 0.0
+      stages.append(Stage("finalists", asked, 0, None, time))
     # The control's programs, and a best of each sweep and of the control.
     test = singles + len(records.SWEEPS) + min(config.top_k, budget) + 1
     stages.append(self._scored("best, on test", test, test, records.TEST))
     stages.append(self._export())
     programs = budget + (last - 1) * self._new
-    raced = programs + len(records.SWEEPS) * budget
     return Estimate(
         stages,
         compiled=programs,
         host_bytes=self._host_bytes(),
         disk_bytes=self._disk_bytes(singles + 3 * budget + programs, test),
         download_bytes=singles * self._model.nbytes,
-        racing_seconds=self._racing_seconds(raced),
-        remerging_seconds=self._remerging_seconds(raced),
         vllm_texts=self._vllm_texts(),
     )
 
@@ -240,7 +235,9 @@ class Estimator:
     return [
         self._propose(name, arm, t),
         self._admit(name),
-        self._scored(f"{name}: evaluate", self._new, self._new, records.DEV),
+        self._scored(
+            f"{name}: evaluate", self._new, self._new, records.DEV, races=True
+        ),
     ]
 
   def _propose(self, name: str, arm: str, t: int) -> Stage:
@@ -298,7 +295,9 @@ class Estimator:
         seconds,
     )
 
-  def _scored(self, name: str, n: int, compiled: int, split: str) -> Stage:
+  def _scored(
+      self, name: str, n: int, compiled: int, split: str, races: bool = False
+  ) -> Stage:
     """`n` models merged and evaluated, of which so many are compiled for."""
     settings = self._config.evaluate
     items = settings.dev_size if split == records.DEV else settings.test_size
@@ -319,8 +318,7 @@ class Estimator:
     if self._device is not None:
       seconds = n * (self._merge_seconds() + self._answer_seconds(items))
       seconds += compiled * self._model.leaf_kinds * cost.COMPILE_KIND_S
-    races = settings.racing and split == records.DEV and compiled
-    most = "at most " if races else ""
+    most = "at most " if races and settings.racing else ""
     return Stage(
         name,
         f"merges {n:,} models, answers {most}{items:,} {split} items with each",
@@ -406,21 +404,6 @@ class Estimator:
     )
 
   # The rest.
-
-  def _racing_seconds(self, models: int) -> float | None:
-    if self._device is None:
-      return None
-    if not self._config.evaluate.racing:
-      return 0.0
-    return models * self._answer_seconds(self._config.evaluate.dev_size) / 2
-
-  def _remerging_seconds(self, models: int) -> float | None:
-    """A model that goes on after its first block is merged once more."""
-    if self._device is None:
-      return None
-    if not self._config.evaluate.racing:
-      return 0.0
-    return models * self._merge_seconds()
 
   def _vllm_texts(self) -> int | None:
     if self._sampler != "vllm" or self._device is None:

@@ -127,8 +127,6 @@ def _totals(config, estimate: estimate_lib.Estimate | None):
   return {
       "seconds": seconds,
       "gpu_hours": None if seconds is None else _gpus(config) * seconds / 3600,
-      "racing_spares_at_most_s": estimate.racing_seconds,
-      "racing_merges_again_at_most_s": estimate.remerging_seconds,
       "programs_compiled": estimate.compiled,
       "device_bytes": estimate.device_bytes,
       "host_bytes": estimate.host_bytes,
@@ -195,11 +193,9 @@ def _sums(config, model, estimate) -> list[str]:
   hours = _gpus(config) * estimate.seconds / 3600
   total = f"In all: {words.duration(estimate.seconds)}, {hours:,.1f} GPU hours"
   if config.evaluate.racing:
-    spared = words.duration(estimate.racing_seconds)
-    again = words.duration(estimate.remerging_seconds)
     total += (
-        f"; racing spares some {spared} of it, and takes at most {again} to"
-        " merge again what it comes back to"
+        ", without what racing spares: it asks about half of the answers"
+        " (BUILD_NOTES.md), and merges again what it comes back to"
     )
   share = estimate_lib.new_programs(config) / config.propose.samples
   assumed = (

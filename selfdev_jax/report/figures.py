@@ -161,7 +161,8 @@ def progress(
   """Best development accuracy so far against evaluations.
 
   Args:
-    curves: name to accuracies in order of evaluation; None was not finite.
+    curves: name to accuracies in order of evaluation; None has none, or was
+      stopped by a race.
     boundaries: evaluations of the loop at which an iteration ends.
     seed: the seed model's development accuracy.
     width: in CSS pixels.

@@ -96,6 +96,7 @@ def render(store: store_lib.Store) -> str:
       dpo_rounds=len({s.iteration for s in steps}),
       sampling=words.sampling(summary),
       racing=words.racing(summary),
+      raced=summary["answers"]["asked"] < summary["answers"]["without_race"],
       seconds=_seconds(store),
       world=_world(run.config),
       config=sorted(run.config.items()),

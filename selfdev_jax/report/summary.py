@@ -38,8 +38,9 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
     "truncated" counts questions that did not fit the model and lost their
     beginning, "troubles" answers that the scorer could not compare. "answers"
     says what the search cost: "asked" of the development set, "without_race"
-    what asking everything of the same models would have cost, and "reused",
-    what programs took over from others with the same fingerprint.
+    what asking everything of the same models would have cost, "reused", what
+    programs took over from others with the same fingerprint and would have
+    cost at most, and "search_over", whether that is all.
   """
   run = reading.read(store)
   candidates = run.candidates(records.LOOP)
@@ -75,18 +76,21 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
       "sampled_by": store.engines(),
       "truncated": {s: store.truncated(s) for s in (records.DEV, records.TEST)},
       "troubles": {s: store.troubles(s) for s in (records.DEV, records.TEST)},
-      "answers": _answers(run),
+      "answers": _answers(
+          run, store.is_done(records.LOOP, 0, store_lib.SEARCH)
+      ),
       "seconds": seconds(store),
   }
 
 
-def _answers(run):
+def _answers(run, is_over):
   merged = [s for s in run.dev.values() if s.correct is not None]
   own = [s for s in merged if not s.reused]
   return {
       "asked": sum(s.n for s in own),
       "without_race": sum(s.items for s in own),
       "reused": sum(s.items for s in merged if s.reused),
+      "search_over": is_over,
   }
 
 

@@ -71,19 +71,22 @@ def sampling(summary: Mapping[str, Any]) -> str:
 
 
 def racing(summary: Mapping[str, Any]) -> str:
-  """What races and known fingerprints saved; empty where nothing."""
+  """What races and known fingerprints saved; empty where nothing, or so far."""
   answers = summary["answers"]
+  if not answers["search_over"]:
+    return ""
   asked, whole = answers["asked"], answers["without_race"]
   sentences = []
   if asked < whole:
     sentences.append(
         f"Racing asked {asked:,} of {whole:,} development answers"
         f" ({percent(asked / whole)} %): programs that could be neither chosen"
-        " nor rejected were stopped, and score by what they were asked."
+        " nor rejected were stopped. They count in means by what they were"
+        " asked, which the intervals of means leave out."
     )
   if answers["reused"]:
     sentences.append(
-        f"Programs that do the same as known ones spared"
+        "Programs that do the same as known ones spared at most"
         f" {answers['reused']:,} more."
     )
   return " ".join(sentences)

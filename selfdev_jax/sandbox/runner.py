@@ -209,8 +209,8 @@ class Runner:
     except process_lib.LostError as error:
       raise errors.UserError(
           f"the process that merges was lost ({error.code}) over"
-          f" {json.dumps(request)[:80]}; free memory or raise"
-          " merge.timeout_s, the same command resumes"
+          f" {json.dumps(request)[:80]}; free memory, or stop what else runs"
+          " here: the same command resumes"
           + (f". It said: {error.words}" if error.words else "")
       ) from None
 

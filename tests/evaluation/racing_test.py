@@ -15,7 +15,7 @@ def _run(answers, reference, top, bottom, error=0.05, block=10):
   ends = racing.block_ends(size, block)
   race = racing.Race(models, reference, ends, top, bottom, error)
   asked = np.zeros(models, int)
-  while (turn := race.next()) is not None:
+  while (turn := race.turn()) is not None:
     model, first, last = turn
     assert first == asked[model] and last in ends
     race.add(model, answers[model, first:last])
@@ -140,7 +140,7 @@ def test_who_has_failed_is_the_worst_and_is_not_asked():
   race = racing.Race(4, answers[0], racing.block_ends(40, 10), 0, 1, 0.05)
   race.fail(2)
   asked = []
-  while (turn := race.next()) is not None:
+  while (turn := race.turn()) is not None:
     model, first, last = turn
     asked.append(model)
     race.add(model, answers[model, first:last])
@@ -157,13 +157,13 @@ def test_a_race_goes_on_where_it_was():
     race = racing.Race(20, reference, ends, 2, 3, 0.05)
     asked = np.zeros(20, int)
     for _ in range(stop):
-      model, first, last = race.next()
+      model, first, last = race.turn()
       race.add(model, answers[model, first:last])
       asked[model] = last
     race = racing.Race(20, reference, ends, 2, 3, 0.05)
     for model, n in enumerate(asked):
       race.add(model, answers[model, :n])
-    while (turn := race.next()) is not None:
+    while (turn := race.turn()) is not None:
       model, first, last = turn
       race.add(model, answers[model, first:last])
       asked[model] = last
