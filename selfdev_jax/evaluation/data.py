@@ -12,10 +12,12 @@ import os
 import pathlib
 import random
 from typing import Any
+import unicodedata
 
 import huggingface_hub.utils
 
 from selfdev_jax import errors
+from selfdev_jax import progress
 
 Row = dict[str, str]
 
@@ -179,8 +181,13 @@ def text(
 
 
 def normal(question: str) -> str:
-  """A question without what does not make it another one: spaces and case."""
-  return " ".join(question.split()).casefold()
+  """A question's letters and digits: what makes it another one, and more.
+
+  Questions that differ in signs alone count as one, so that some are left out
+  that need not be.
+  """
+  plain = unicodedata.normalize("NFKC", question).casefold()
+  return "".join(c for c in plain if c.isalnum())
 
 
 def draw(
@@ -198,7 +205,7 @@ def draw(
     rows: to draw from.
     without: rows whose questions may not come.
     seed: of the order.
-    text_of: row -> its question; two are the same up to spaces and case.
+    text_of: row -> its question; see `normal` for when two are the same.
 
   Returns:
     The rest, each question once.
@@ -212,6 +219,20 @@ def draw(
     if question not in known:
       found.setdefault(question, row)
   return list(found.values())
+
+
+def apart(
+    rows: Sequence[Row], shots: Iterable[Row], text_of: Callable[[Row], str]
+) -> list[Row]:
+  """The rows without those whose answer stands among the shots; says so."""
+  known = {normal(text_of(row)) for row in shots}
+  kept = [row for row in rows if normal(text_of(row)) not in known]
+  if len(kept) < len(rows):
+    progress.note(
+        f"{len(rows) - len(kept)} of {len(rows)} items are among the shots, and"
+        " are left out"
+    )
+  return kept
 
 
 def dev(

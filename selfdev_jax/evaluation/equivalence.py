@@ -47,6 +47,7 @@ from typing import Any
 from typing import NamedTuple
 
 import math_verify as math_verify_lib
+from math_verify import parser as math_verify_parser
 import sympy
 from sympy.parsing import latex
 
@@ -61,6 +62,8 @@ _GOLDS = 8192  # Parsed solutions that a process keeps; MATH has 5,000.
 
 TIMEOUT = "timeout"
 ERROR = "error"
+# No word on the answer: another machine might have compared it.
+_OF_THE_MACHINE = (MemoryError, RecursionError, OSError)
 
 
 class Finding(NamedTuple):
@@ -275,7 +278,7 @@ def is_equiv(answer: str, wanted: str) -> tuple[bool, str]:
 
   Returns:
     The verdict, and the trouble: `TIMEOUT` where sympy took too long, `ERROR`
-    where memory or the stack did not suffice; both are called unequal.
+    where memory, the stack or a file did not suffice; both are called unequal.
   """
   if answer and answer == wanted:
     return True, ""
@@ -285,7 +288,7 @@ def is_equiv(answer: str, wanted: str) -> tuple[bool, str]:
       return bool(sympy.simplify(difference) == 0), ""
   except TimeoutError:
     return False, TIMEOUT
-  except (MemoryError, RecursionError):
+  except _OF_THE_MACHINE:
     return False, ERROR
   except ImportError:
     raise
@@ -321,23 +324,35 @@ class _Ear(logging.Handler):
     if record.levelno >= logging.WARNING:
       if str(record.msg).startswith("Timeout during"):
         self.troubles.append(TIMEOUT)
-    elif record.exc_info and isinstance(
-        record.exc_info[1], (MemoryError, RecursionError)
-    ):
+    elif record.exc_info and isinstance(record.exc_info[1], _OF_THE_MACHINE):
       self.troubles.append(ERROR)
 
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[str]]:
-  """Yields a list that fills with the troubles that math-verify logs."""
+  """Yields a list that fills with the troubles that math-verify meets.
+
+  It logs some; those of its LaTeX parser it drops.
+  """
   logger, ear = logging.getLogger("math_verify"), _Ear()
   level, propagate = logger.level, logger.propagate
+  parse = math_verify_parser.latex2sympy
+
+  def heard(*args, **kwargs):
+    try:
+      return parse(*args, **kwargs)
+    except _OF_THE_MACHINE:
+      ear.troubles.append(ERROR)
+      raise
+
+  math_verify_parser.latex2sympy = heard
   logger.addHandler(ear)
   logger.setLevel(logging.DEBUG)
   logger.propagate = False
   try:
     yield ear.troubles
   finally:
+    math_verify_parser.latex2sympy = parse
     logger.removeHandler(ear)
     logger.setLevel(level)
     logger.propagate = propagate

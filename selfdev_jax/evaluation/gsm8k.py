@@ -37,7 +37,6 @@ import re
 
 from selfdev_jax import config as config_lib
 from selfdev_jax import errors
-from selfdev_jax import progress
 from selfdev_jax import records
 from selfdev_jax.evaluation import data
 from selfdev_jax.evaluation.task import Item
@@ -86,7 +85,9 @@ def make(settings: config_lib.Evaluate) -> Task:
   def items(split: str, n: int | None) -> list[Item]:
     examples = _shots(shots, *files, settings.split_seed)
     if split == records.TEST:
-      rows = data.read(TEST, settings.test_file)
+      rows = data.apart(
+          data.read(TEST, settings.test_file), examples, _QUESTION
+      )
     else:
       rows = _dev(shots, *files, settings.split_seed)
     return [
@@ -118,7 +119,7 @@ def _shots(
   packaged = data.read(TRAIN, str(SHOTS_FILE))
   if n <= len(packaged):
     return packaged[:n]
-  known = [*packaged, *_test_rows(test_file)]
+  known = [*packaged, *data.read(TEST, test_file)]
   train = data.read(TRAIN, train_file)
   more = data.draw(train, known, f"shots {seed}", _QUESTION)
   more = more[: n - len(packaged)]
@@ -139,23 +140,8 @@ def _dev(
   # shots has the same development set.
   used = _shots(max(shots, SHOTS), train_file, test_file, seed)
   train = data.read(TRAIN, train_file)
-  test = _test_rows(test_file)
+  test = data.read(TEST, test_file)
   return tuple(data.dev(train, used, test, seed, _QUESTION))
-
-
-@functools.cache
-def _test_rows(test_file: str | None) -> tuple[data.Row, ...]:
-  """The test set to keep others apart from; none where it cannot be had."""
-  try:
-    return data.read(TEST, test_file)
-  except errors.UserError as error:
-    if test_file is not None:
-      raise
-    progress.note(
-        "the training split could not be searched for test questions, of which"
-        f" the published one has none: {error}"
-    )
-    return ()
 
 
 # Scoring.
@@ -248,6 +234,15 @@ def _comparable(text: str) -> str:
   """
   text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
   return _FULL_STOP.sub("", text)
+
+
+def value(answer: str) -> fractions.Fraction:
+  """The number of a gold answer.
+
+  Raises:
+    ValueError: there is none.
+  """
+  return _gold(answer)[1]
 
 
 # Our own metric.

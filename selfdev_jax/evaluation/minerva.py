@@ -43,10 +43,20 @@ SHOTS_FILE = pathlib.Path(__file__).parent / "shots" / "minerva.jsonl"
 def fault(row: data.Row) -> str:
   """What is wrong with a row's solution; empty if it can be scored against."""
   try:
-    _equivalence().boxed(row["solution"])
+    if not answer(row["solution"]):
+      return "nothing stands in its box"
   except ValueError as error:
     return str(error)
   return ""
+
+
+def answer(solution: str) -> str:
+  """The boxed answer, normalised.
+
+  Raises:
+    ValueError: there is no box.
+  """
+  return _equivalence().gold_answer(solution)
 
 
 _HUB, _FIELDS = "EleutherAI/hendrycks_math", ("problem", "solution")
@@ -96,7 +106,9 @@ def _make(settings: config_lib.Evaluate, test: data.Source) -> Task:
   def items(split: str, n: int | None) -> list[Item]:
     examples = _shots(test, shots, *files, settings.split_seed)
     if split == records.TEST:
-      rows = _in_order(data.read(test, settings.test_file))
+      rows = data.apart(
+          _in_order(data.read(test, settings.test_file)), examples, _text_of
+      )
     else:
       rows = _dev(test, shots, *files, settings.split_seed)
     return [
@@ -169,9 +181,9 @@ def _shots(
 
 
 def _with_sentence(row: data.Row) -> data.Row:
-  answer = _equivalence().boxed(row["solution"])
+  boxed = _equivalence().boxed(row["solution"])
   sentence = (
-      f"Final Answer: The final answer is ${answer}$. I hope it is correct."
+      f"Final Answer: The final answer is ${boxed}$. I hope it is correct."
   )
   return row | {"solution": f"{row['solution']}\n{sentence}"}
 

@@ -6,6 +6,7 @@ wrote with --log_samples; it has a row for each of a task's filters, and its
 own verdicts, which are compared.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
@@ -71,16 +72,18 @@ class _Golds:
   Attributes:
     field: of a logged document.
     ready: answer -> what the task compares with; raises ValueError.
+    value: of that, the answer alone.
   """
 
   field: str
   ready: Callable[[str], str]
+  value: Callable[[str], Any]
 
 
 _GOLDS = {
-    "gsm8k": _Golds("answer", _gsm8k_gold),
-    "math": _Golds("solution", _math_gold),
-    "math500": _Golds("solution", _math_gold),
+    "gsm8k": _Golds("answer", _gsm8k_gold, gsm8k.value),
+    "math": _Golds("solution", _math_gold, minerva.answer),
+    "math500": _Golds("solution", _math_gold, minerva.answer),
 }
 TASKS = tuple(_GOLDS)
 
@@ -115,11 +118,11 @@ def score(
     raise errors.UserError(
         f"the task is {task!r}; responses are scored for {', '.join(TASKS)}"
     )
-  _check_out(file, out)
+  _check_out(out, file, data_file)
   loaded = tasks.load(config_lib.Evaluate(task=task, test_file=data_file))
   found = read(file, task, loaded.metrics)
   if data_file is not None:
-    _check_count(len(found), file, loaded, data_file)
+    _check_items(found, file, task, loaded, data_file)
   start = time.monotonic()
   marks = _marks(task, loaded, found)
   seconds = time.monotonic() - start
@@ -143,13 +146,14 @@ def score(
   }
 
 
-def _check_out(file, out):
+def _check_out(out, *read_from):
   """Finds before anything is scored that it could not be written."""
   if out is None:
     return
   path = pathlib.Path(out)
-  if path.resolve() == pathlib.Path(file).resolve():
-    raise errors.UserError(f"--out is {file} itself; choose another file")
+  for file in filter(None, read_from):
+    if path.resolve() == pathlib.Path(file).resolve():
+      raise errors.UserError(f"--out is {file} itself; choose another file")
   target = path if path.exists() else path.parent
   if (
       path.is_dir()
@@ -162,14 +166,27 @@ def _check_out(file, out):
     )
 
 
-def _check_count(n, file, task, data_file):
-  items = len(task.items(records.TEST, None))
-  if n != items:
-    what = f"{items - n} are missing" if n < items else f"{n - items} too many"
+def _check_items(found, file, name, task, data_file):
+  """Every item has its response, as far as answers tell them apart."""
+  items, n = task.items(records.TEST, None), len(found)
+  way_out = "leave out --data to score what is there"
+  if n != len(items):
+    few = n < len(items)
+    what = f"{abs(len(items) - n)} {'are missing' if few else 'too many'}"
     raise errors.UserError(
-        f"{file} has {n} responses, {data_file} {items} items: {what}; leave"
-        " out --data to score what is there"
+        f"{file} has {n} responses, {data_file} {len(items)} items: {what};"
+        f" {way_out}"
     )
+  value = _GOLDS[name].value
+  left = collections.Counter(value(item.gold) for item in items)
+  for response in found:
+    answer = value(response.gold)
+    if not left[answer]:
+      raise errors.UserError(
+          f"{file}:{response.line} answers {answer}, which no item of"
+          f" {data_file} does that is left; {way_out}"
+      )
+    left[answer] -= 1
 
 
 def _marks(
@@ -329,7 +346,7 @@ def _verdicts(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, bool]:
   return {
       name: bool(value)
       for name, value in named.items()
-      if isinstance(value, (bool, int, float))
+      if value in (0, 1)  # NaN and shares are no verdicts.
   }
 
 

@@ -2,7 +2,7 @@
 
     python selfdev_jax/evaluation/worker.py
 
-A script, not a module: it reads its two neighbours by their path, since to
+A script, not a module: it reads its three neighbours by their path, since to
 import them through the package would bring in JAX, three seconds and 150 MB of
 it, and workers are lost and replaced.
 
@@ -11,6 +11,7 @@ one is [metric, generation, gold], answered by [extracted, correct, trouble].
 """
 
 from collections.abc import Callable
+import contextlib
 import importlib.util
 import json
 import os
@@ -33,6 +34,7 @@ def _module(path: pathlib.Path):
 
 
 wire = _module(_HERE.parent / "sandbox" / "wire.py")
+layers = _module(_HERE.parent / "sandbox" / "layers.py")
 
 
 def metrics() -> dict[str, Callable[[str, str], tuple[str | None, bool, str]]]:
@@ -54,12 +56,13 @@ def main() -> None:
   """Serves requests until stdin ends."""
   try:
     setup = json.loads(wire.receive(0, _MAX_SETUP_BYTES))
+    answers = _silence()
     marking = metrics()
     _exit_with_caller()
-    answers = os.dup(1)
-    wire.send(answers, b"{}")
-    _silence()
     _limit_memory(setup["memory_bytes"])
+    _limit_cpu(setup["cpu_s"])
+    _shut()
+    wire.send(answers, b"{}")
     while True:
       request = wire.receive(0, setup["message_bytes"])
       _limit_cpu(setup["cpu_s"])
@@ -86,19 +89,37 @@ def _exit_with_caller():
   threading.Thread(target=watch, daemon=True).start()
 
 
-def _silence():
-  """What the parsers print is nobody's answer, and would fill a disk."""
+def _silence() -> int:
+  """Where answers go: what libraries print is none."""
+  answers = os.dup(1)
   nowhere = os.open(os.devnull, os.O_WRONLY)
   os.dup2(nowhere, 1)
-  os.dup2(nowhere, 2)
+  return answers
+
+
+def _shut():
+  """From here on only what Python and its packages consist of can be read.
+
+  math-verify evaluates what it takes for numbers, and only its expressions
+  keep the rest of a generation out of that.
+  """
+  # What the parsers complain about would fill a disk.
+  os.dup2(1, 2)
+  with contextlib.suppress(OSError):  # A kernel without it.
+    layers.restrict_files([sys.prefix, sys.base_prefix])
+  _limit(resource.RLIMIT_FSIZE, 0)
 
 
 def _limit_memory(more_bytes: int):
-  with open("/proc/self/statm", encoding="ascii") as file:
-    mapped = int(file.read().split()[0]) * resource.getpagesize()
-  limit = mapped + more_bytes
-  resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  _limit(resource.RLIMIT_AS, layers.mapped_bytes() + more_bytes)
+  _limit(resource.RLIMIT_CORE, 0)
+
+
+def _limit(which: int, value: int):
+  hard = resource.getrlimit(which)[1]
+  if hard != resource.RLIM_INFINITY:
+    value = min(value, hard)
+  resource.setrlimit(which, (value, value))
 
 
 def _limit_cpu(more_s: int):
@@ -110,6 +131,8 @@ def _limit_cpu(more_s: int):
   used = resource.getrusage(resource.RUSAGE_SELF)
   seconds = int(used.ru_utime + used.ru_stime) + 1 + more_s
   hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+  if hard != resource.RLIM_INFINITY:
+    seconds = min(seconds, hard)
   resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
 
 

@@ -150,8 +150,10 @@ class Pool:
         try:
           marks[worker.request] = worker.answer()
           idle.append(worker)
-        except process.LostError as lost:
-          trouble = TIMEOUT if lost.code == "timeout" else ERROR
+        except (process.LostError, ValueError, TypeError) as lost:
+          # Or what it sent is no answer.
+          is_late = getattr(lost, "code", "") == "timeout"
+          trouble = TIMEOUT if is_late else ERROR
           marks[worker.request] = Mark(None, False, trouble)
           idle.append(self._instead_of(worker))
     return marks

@@ -45,7 +45,9 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _CAP_SETGID, _CAP_SETUID = 1 << 6, 1 << 7
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 # Numbers that all architectures share.
-_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE = 444, 445
+_LANDLOCK_RESTRICT_SELF = 446
+_LANDLOCK_READ = 0b1100  # Files and directories.
 _LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}  # ABI: rights over files.
 _PROBE_S = 10
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache")
@@ -125,7 +127,7 @@ def child_layers(limits: Limits, root: str) -> tuple[Layer, ...]:
           "landlock",
           "opening, making and deleting files, TCP, signals to other"
           " processes, as far as the kernel's version goes",
-          _restrict_files,
+          restrict_files,
           lambda: os.close(os.open("/", os.O_RDONLY)),
       ),
       Layer(
@@ -278,7 +280,15 @@ def _no_new_privileges():
   _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
-def _restrict_files():
+def restrict_files(readable: Sequence[str] = ()) -> None:
+  """Landlock: no file is opened, and what else its version stops.
+
+  Args:
+    readable: directories with files that may be read.
+
+  Raises:
+    OSError: the kernel has none.
+  """
   abi = _check(_libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1))
   files = (1 << max(n for a, n in _LANDLOCK_RIGHTS.items() if a <= abi)) - 1
   # Rights over files; TCP bind and connect; abstract sockets and signals.
@@ -288,6 +298,11 @@ def _restrict_files():
   ruleset = _check(
       _libc.syscall(_LANDLOCK_CREATE_RULESET, rules, len(rules), 0)
   )
+  for path in readable:
+    directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    rule = struct.pack("<Qi", _LANDLOCK_READ, directory)
+    _check(_libc.syscall(_LANDLOCK_ADD_RULE, ruleset, 1, rule, 0))
+    os.close(directory)
   _no_new_privileges()
   _check(_libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0))
   os.close(ruleset)

@@ -425,3 +425,23 @@ def test_an_answer_too_deep_for_the_stack_is_an_error():
   deep = _sentence("$" + "(" * 20_000 + "1" + ")" * 20_000 + "$")
   found = equivalence.exact_match(deep, "$\\boxed{1}$")
   assert (found.correct, found.trouble) == (False, equivalence.ERROR)
+
+
+def test_what_the_machine_refuses_is_no_word_on_the_answer(monkeypatch):
+  def refused(*_, **__):
+    raise OSError(24, "Too many open files")
+
+  said = r"Final Answer: The final answer is $0.5$. I hope it is correct."
+  gold = r"$\boxed{\frac{1}{2}}$"
+  assert equivalence.exact_match(said, gold).correct
+  monkeypatch.setattr(equivalence.latex, "parse_latex", refused)
+  found = equivalence.exact_match(said, gold)
+  assert (found.correct, found.trouble) == (False, "error")
+
+
+@pytest.mark.parametrize(
+    "deep", ["$" + "-" * 800 + "0.5$", "$" + "(" * 90 + "0.5" + ")" * 90 + "$"]
+)
+def test_a_formula_too_deep_for_the_stack_is_told(deep):
+  found = equivalence.math_verify(deep, r"$\boxed{\frac{1}{2}}$")
+  assert found.correct or found.trouble == "error"

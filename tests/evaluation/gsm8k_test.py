@@ -489,16 +489,23 @@ def _no_hub(source):
 
 
 @needs_data
-def test_the_development_set_without_the_test_set(monkeypatch, capsys):
+def test_no_development_set_without_the_test_set(monkeypatch):
   monkeypatch.setattr(data, "_read_hub", _no_hub)
   gsm8k._dev.cache_clear()
-  gsm8k._test_rows.cache_clear()
-  alone = _task(train_file=str(_TRAIN), split_seed=3).items("dev", 50)
-  assert alone == _task(train_file=str(_TRAIN), split_seed=3).items("dev", 50)
-  # The published splits share no question.
-  assert alone == _published(split_seed=3).items("dev", 50)
-  (line,) = capsys.readouterr().err.splitlines()
-  assert line.startswith("Note: the training split could not be searched")
+  # Whatever is in the training file could be a test question.
+  with pytest.raises(errors.UserError, match="openai/gsm8k test asked for"):
+    _task(train_file=str(_TEST), split_seed=3).items("dev", 50)
+
+
+@needs_data
+def test_an_item_whose_answer_stands_among_the_shots_is_left_out(capsys):
+  items = _task(test_file=str(_TRAIN)).items("test", None)
+  assert len(items) == 7473 - 5
+  assert "5 of 7473 items are among the shots" in capsys.readouterr().err
+  questions = [item.prompt.rpartition("Question: ")[2] for item in items]
+  shots = items[0].prompt.split("Question: ")[1:-1]
+  assert not any(q.splitlines()[0] in "".join(shots) for q in questions)
+  assert len(_task(test_file=str(_TRAIN), shots=0).items("test", None)) == 7473
 
 
 def _write(path, *rows):

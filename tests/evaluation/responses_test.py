@@ -190,3 +190,34 @@ def test_the_first_of_several_responses(tmp_path, capsys):
   rows = [_logged(resps=[["#### 1", "#### 18"]]), _logged(1)]
   assert [r.text for r in _read(tmp_path, *rows)] == ["#### 1", "#### 18"]
   assert "Note: 1 documents of" in capsys.readouterr().err
+
+
+def test_what_is_no_verdict_in_a_log_is_none(tmp_path):
+  row = {
+      "doc_id": 0,
+      "doc": {"question": "q", "answer": "#### 1"},
+      "target": "#### 1",
+      "resps": [["#### 1"]],
+      "filter": "strict-match",
+  }
+  for value, logged in ((1.0, True), (0, False), (0.5, None), ("NaN", None)):
+    line = json.dumps(row | {"exact_match": value}).replace('"NaN"', "NaN")
+    (found,) = responses.read(
+        _write(tmp_path / "log.jsonl", line), "gsm8k", ("strict-match",)
+    )
+    assert found.logged.get("strict-match") is logged
+
+
+def test_every_item_has_its_own_response(tmp_path):
+  items = [{"question": f"q{i}", "answer": f"#### {i}"} for i in (1, 2, 2)]
+  benchmark = _write(tmp_path / "data.jsonl", *items)
+  said = lambda *answers: _write(
+      tmp_path / "said.jsonl", *({"response": "", "answer": a} for a in answers)
+  )
+  for answers in (("1", "#### 2", "2.0"), ("2", "2", "#### 1")):
+    file = said(*answers)
+    assert responses.score("gsm8k", file, benchmark)["n"] == 3
+  with pytest.raises(errors.UserError, match=r"said.jsonl:3 answers 1, which"):
+    responses.score("gsm8k", said("1", "2", "1"), benchmark)
+  with pytest.raises(errors.UserError, match=r"--out is .* itself"):
+    responses.score("gsm8k", said("1", "2", "2"), benchmark, benchmark)
