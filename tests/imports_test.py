@@ -11,6 +11,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "selfdev_jax"
 # their own package.
 _ROWS = (
     ("cache", "errors", "progress"),
+    ("tables",),
     ("config",),
     ("records",),
     ("store",),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,21 +10,17 @@ import pathlib
 import re
 from typing import Any
 
-import huggingface_hub.utils
 import numpy as np
 import transformers
 
 from selfdev_jax import errors
+from selfdev_jax import tables
 
 _PAIR = ("chosen", "rejected")
 # What chat templates are given besides the messages.
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _COLUMNS = ("prompt", *_PAIR, *_TEMPLATE_COLUMNS)
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?::(.+))?")
-# Kinds of data sets on the hub whose files hold nothing but tables; "cache" is
-# what `datasets` wrote itself when it fetched one before. Others are declined:
-# some of them unpickle in versions of `datasets` that we allow.
-_TABLES = ("parquet", "arrow", "cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +124,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   if place.is_dir():
     numbered = _read_saved(place)
   elif place.is_file() and place.suffix == ".jsonl":
-    numbered = _read_lines(place)
+    numbered = tables.read_lines(place)
   elif place.is_file():
     raise errors.UserError(
         f"{path} is no preference file: give a .jsonl with one object a line,"
@@ -150,44 +145,17 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   return rows
 
 
-def _read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(file:line, object) of a JSONL file."""
-  try:
-    with path.open("rb") as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          where = f"{path}:{number}"
-          yield where, _parse(line, where)
-  except OSError as error:
-    raise errors.UserError(f"{path} cannot be read: {error}") from None
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-  try:
-    row = json.loads(line.decode("utf-8-sig"))
-    if b"\\u" in line:
-      # An escaped half of a surrogate pair parses, but is no text.
-      json.dumps(row, ensure_ascii=False).encode()
-  except (ValueError, RecursionError) as error:
-    raise errors.UserError(f"{where} is no JSON: {_one_line(error)}") from None
-  if not isinstance(row, dict):
-    raise errors.UserError(
-        f"{where} is no JSON object with prompt, chosen and rejected"
-    )
-  return row
-
-
 def _read_saved(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   """(where, row) of a directory of `save_to_disk`."""
   import datasets  # Here, as it takes seconds.
 
   try:
-    with _without_progress_bars(datasets):
+    with tables.without_progress_bars(datasets):
       dataset = datasets.load_from_disk(str(path))
   except Exception as error:  # Arrow's, JSON's and the file system's.
     raise errors.UserError(
         f"directory {path} is not one that datasets saved by save_to_disk, or"
-        f" holds no row: {_one_line(error)}"
+        f" holds no row: {tables.one_line(error)}"
     ) from None
   if isinstance(dataset, datasets.DatasetDict):
     if "train" not in dataset:
@@ -203,22 +171,13 @@ def _read_hub(
     path: str, name: str, split: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """(where, row) of a data set on the hub, or of its copy in the cache."""
-  import datasets  # Here, as it takes seconds.
-
   try:
-    with _without_progress_bars(datasets):
-      # load_dataset in its three steps, so that the kind is known before
-      # anything is read.
-      builder = datasets.load_dataset_builder(name)
-      if builder.name not in _TABLES:
-        raise ValueError(f"it is stored as {builder.name}, not as Parquet")
-      builder.download_and_prepare()
-      dataset = builder.as_dataset(split=split)
+    dataset = tables.from_hub(name, None, split)
   except Exception as error:  # The hub's, HTTP's and the file system's.
     raise errors.UserError(
         f"{path} is no file or directory here, and fetching it from the Hugging"
-        f" Face hub failed ({_one_line(error)}); fetch it where there is a"
-        " network and give the directory of save_to_disk or a JSONL file"
+        f" Face hub failed ({tables.one_line(error)}); fetch it where there is"
+        " a network and give the directory of save_to_disk or a JSONL file"
     ) from None
   return _rows(dataset, path)
 
@@ -249,20 +208,6 @@ def _without_nulls(value: Any) -> Any:
   if isinstance(value, list):
     return [_without_nulls(item) for item in value]
   return value
-
-
-@contextlib.contextmanager
-def _without_progress_bars(*modules: Any) -> Iterator[None]:
-  """Silences `datasets` and the hub's client, if they are not yet."""
-  modules = [*modules, huggingface_hub.utils]
-  loud = [m for m in modules if not m.are_progress_bars_disabled()]
-  try:
-    for module in loud:
-      module.disable_progress_bars()
-    yield
-  finally:
-    for module in loud:
-      module.enable_progress_bars()
 
 
 def _checked(row: dict[str, Any], where: str, implicit: bool) -> dict[str, Any]:
@@ -524,7 +469,7 @@ class _Encoder:
       except Exception as error:  # The template's own, and of all it calls.
         raise errors.UserError(
             f"{where}: the tokenizer's chat template does not take it:"
-            f" {_one_line(error)}"
+            f" {tables.one_line(error)}"
         ) from None
       self._known[key] = np.array(ids, np.int32)
     return self._known[key]
@@ -553,7 +498,7 @@ def _template_arguments(row: dict[str, Any], where: str) -> dict[str, Any]:
       tools = json.loads(tools)
     except (ValueError, RecursionError) as error:
       raise errors.UserError(
-          f"{where}: tools is no JSON: {_one_line(error)}"
+          f"{where}: tools is no JSON: {tables.one_line(error)}"
       ) from None
   arguments = row.get("chat_template_kwargs") or {}
   if not isinstance(arguments, dict):
@@ -565,12 +510,6 @@ def _common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
   n = min(len(a), len(b))
   differ = np.flatnonzero(a[:n] != b[:n])
   return int(differ[0]) if differ.size else n
-
-
-def _one_line(error: BaseException) -> str:
-  """The first paragraph of an error's text, or its name if it has none."""
-  text = " ".join(str(error).split("\n\n")[0].split())
-  return text or type(error).__name__
 
 
 def _plural(n: int, noun: str) -> str:

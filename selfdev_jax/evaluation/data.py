@@ -4,27 +4,18 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import functools
-import json
-import os
-import pathlib
 import random
 from typing import Any
 import unicodedata
 
-import huggingface_hub.utils
-
 from selfdev_jax import errors
 from selfdev_jax import progress
+from selfdev_jax import tables
 
 Row = dict[str, str]
 
-# Kinds of data sets on the hub whose files hold nothing but tables; "cache" is
-# what `datasets` wrote itself when it fetched one before. Others are declined:
-# some of them unpickle in versions of `datasets` that we allow.
-_TABLES = ("parquet", "arrow", "cache")
 # Launch scripts that need no config take the test set by a flag.
 _FILES = {
     "train": "evaluate.train_file",
@@ -67,82 +58,27 @@ def read(source: Source, file: str | None) -> tuple[Row, ...]:
   Raises:
     UserError: naming the file and the line, or how to do without the hub.
   """
-  numbered = read_lines(file) if file is not None else _read_hub(source)
+  numbered = tables.read_lines(file) if file is not None else _read_hub(source)
   rows = tuple(_checked(row, where, source) for where, row in numbered)
   if not rows:
     raise errors.UserError(f"{file or source.hub} holds no row")
   return rows
 
 
-def read_lines(file: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-  """("FILE:LINE", object) of a JSONL file; empty lines are passed over.
-
-  Raises:
-    UserError: naming the file, and the line that is no JSON object.
-  """
-  path = pathlib.Path(file)
-  try:
-    with path.open("rb") as lines:
-      for number, line in enumerate(lines, 1):
-        if line.strip():
-          where = f"{path}:{number}"
-          yield where, _parse(line, where)
-  except OSError as error:
-    raise errors.UserError(
-        f"{path} cannot be read: {error.strerror or error}"
-    ) from None
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-  try:
-    row = json.loads(line.decode("utf-8-sig"))
-    if b"\\u" in line:
-      # An escaped half of a surrogate pair parses, but is no text.
-      json.dumps(row, ensure_ascii=False).encode()
-  except (ValueError, RecursionError) as error:
-    raise errors.UserError(f"{where} is no JSON: {_one_line(error)}") from None
-  if not isinstance(row, dict):
-    raise errors.UserError(f"{where} is no JSON object")
-  return row
-
-
 def _read_hub(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
   """(where, row) of a split on the hub, or of its copy in the cache."""
-  import datasets  # Here, as it takes a second.
-
   for config in source.configs:
     try:
-      with _without_progress_bars(datasets):
-        # load_dataset in its three steps, so that the kind is known before
-        # anything is read.
-        builder = datasets.load_dataset_builder(source.hub, config)
-        if builder.name not in _TABLES:
-          raise ValueError(f"it is stored as {builder.name}, not as Parquet")
-        builder.download_and_prepare()
-        table = builder.as_dataset(split=source.split)
+      table = tables.from_hub(source.hub, config, source.split)
     except Exception as error:  # The hub's, HTTP's and the file system's.
       raise errors.UserError(
           f"the {source.split} split of {source.hub} could not be had from the"
-          f" Hugging Face hub or its cache ({_one_line(error)}); give"
+          f" Hugging Face hub or its cache ({tables.one_line(error)}); give"
           f" {_FILES[source.split]}: JSONL in the published format"
       ) from None
     name = f"{source.hub} ({config}, {source.split})"
     for number, row in enumerate(table.with_format(None), 1):
       yield f"{name}, row {number}", row
-
-
-@contextlib.contextmanager
-def _without_progress_bars(*modules: Any) -> Iterator[None]:
-  """Silences `datasets` and the hub's client, if they are not yet."""
-  modules = [*modules, huggingface_hub.utils]
-  loud = [m for m in modules if not m.are_progress_bars_disabled()]
-  try:
-    for module in loud:
-      module.disable_progress_bars()
-    yield
-  finally:
-    for module in loud:
-      module.enable_progress_bars()
 
 
 def _checked(row: dict[str, Any], where: str, source: Source) -> Row:
@@ -274,9 +210,3 @@ def first(rows: Sequence[Row], n: int | None, split: str) -> list[Row]:
         f" evaluate.{split}_size or --limit"
     )
   return list(rows[:n])
-
-
-def _one_line(error: BaseException) -> str:
-  """The first paragraph of an error's text, or its name if it has none."""
-  words = " ".join(str(error).split("\n\n")[0].split())
-  return words or type(error).__name__

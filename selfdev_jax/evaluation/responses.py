@@ -20,6 +20,7 @@ from selfdev_jax import config as config_lib
 from selfdev_jax import errors
 from selfdev_jax import progress
 from selfdev_jax import records
+from selfdev_jax import tables
 from selfdev_jax.evaluation import data
 from selfdev_jax.evaluation import gsm8k
 from selfdev_jax.evaluation import minerva
@@ -271,7 +272,7 @@ def read(
   golds = _GOLDS[task]
   found: dict[Any, Response] = {}
   several = 0
-  for where, row in data.read_lines(file):
+  for where, row in tables.read_lines(file):
     line = int(where.rpartition(":")[2])
     if "resps" not in row:
       text, answer = (data.text(row, name, where, _FIELDS) for name in _FIELDS)

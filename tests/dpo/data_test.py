@@ -313,7 +313,7 @@ def test_hub(monkeypatch, datasets, path, split, kind):
   monkeypatch.setattr(
       datasets,
       "load_dataset_builder",
-      lambda name: asked.append(name) or builder,
+      lambda name, config: asked.append(name) or builder,
   )
   if kind == "pandas":
     with pytest.raises(errors.UserError, match="stored as pandas, not as Parq"):

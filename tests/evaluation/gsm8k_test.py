@@ -15,6 +15,7 @@ import pytest
 from selfdev_jax import config as config_lib
 from selfdev_jax import errors
 from selfdev_jax import evaluation
+from selfdev_jax import tables
 from selfdev_jax.evaluation import data
 from selfdev_jax.evaluation import gsm8k
 
@@ -570,5 +571,5 @@ def test_files_are_read_once(tmp_path, monkeypatch):
   file = _write(tmp_path / "test.jsonl", _row("a?"), _row("b?"))
   task = _task(test_file=file)
   before = task.items("test", None)
-  monkeypatch.setattr(data, "read_lines", None)
+  monkeypatch.setattr(tables, "read_lines", None)
   assert task.items("test", None) == before
