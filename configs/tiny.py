@@ -4,7 +4,7 @@ Trains a 785k-parameter seed model and three experts (once, cached), then runs
 three iterations of 80 programs, the loop without DPO beside it, and three
 sweeps with as many evaluations as the loop had.
 
-14 minutes and 1.7 GB on two shared cores, installing included. Expect the mean
+16 minutes and 1.7 GB on two shared cores, installing included. Expect the mean
 development score of new programs 20 to 35 points above the control's by the
 third iteration, and a best program near 64 % on test, where task arithmetic has
 62 % and the seed model 57 % (one seed; BUILD_NOTES.md has the intervals).

@@ -87,7 +87,7 @@ def racing(summary: Mapping[str, Any]) -> str:
   if answers["reused"]:
     sentences.append(
         "Programs that do the same as known ones spared at most"
-        f" {answers['reused']:,} more."
+        f" {answers['reused']:,} answers."
     )
   return " ".join(sentences)
 

@@ -296,7 +296,7 @@ def test_what_a_race_and_known_programs_saved(result):
   assert "4,700 of 10,000 development answers (47.0 %)" in said
   assert "same" not in said
   said = words.racing({"answers": answers | {"reused": 300}})
-  assert said.endswith("spared at most 300 more.")
+  assert said.endswith("spared at most 300 answers.")
   # What is missing may only be not done yet.
   assert words.racing({"answers": answers | {"search_over": False}}) == ""
 
