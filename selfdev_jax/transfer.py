@@ -55,7 +55,14 @@ _ABOUT, _RESULT = "about.json", "results.json"
 _SEED, _EXPERT, _SCALE = "seed", "expert:", "task_arithmetic:scale="
 # Of a task's settings: what says where the items are from, and not which; a
 # model answers all of them here.
-_NO_MATTER = ("task", "train_file", "test_file", "racing", "racing_error")
+_NO_MATTER = (
+    "task",
+    "train_file",
+    "test_file",
+    "racing",
+    "racing_block",
+    "racing_error",
+)
 # What is compared, and what it is compared with.
 _UNCHANGED, _BEST, _ARITHMETIC = "unchanged", "best_of_top", "task_arithmetic"
 
