@@ -310,7 +310,9 @@ def _sandbox(config, host: loop.Host) -> Check:
 def _accelerator(config, device: Device | None) -> Check:
   what = "accelerator"
   here = [d for d in jax.devices() if d.platform != "cpu"]
-  needed = config.dpo.fsdp * config.dpo.tensor
+  wanted = {"dpo.fsdp x dpo.tensor": config.dpo.fsdp * config.dpo.tensor}
+  if config.sampler in ("auto", "vllm"):
+    wanted["vllm.tensor_parallel"] = config.vllm.tensor_parallel
   if not here:
     if config.tiny is not None:
       return Check(what, OK, "none; the toy world needs none")
@@ -322,13 +324,9 @@ def _accelerator(config, device: Device | None) -> Check:
         "run it on a host with a GPU: pip install -e .[cuda12]",
     )
   found = f"{len(here)} x {here[0].device_kind}"
-  if len(here) < needed:
-    return Check(
-        what,
-        MISSING,
-        f"{found}, dpo.fsdp x dpo.tensor is {needed}",
-        "lower them",
-    )
+  more = [f"{key} is {n}" for key, n in wanted.items() if n > len(here)]
+  if more:
+    return Check(what, MISSING, f"{found}, {' and '.join(more)}", "lower that")
   if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") != "false":
     return Check(
         what,

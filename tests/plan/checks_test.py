@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import types
 
 import pytest
 
@@ -222,6 +223,23 @@ def test_real_models_need_an_accelerator_and_its_memory(directories, tmp_path):
   assert check.status == checks_lib.MISSING and "1.0 GB" in check.found
   found = _run(_SMOKE, tmp_path, small, sampler="vllm")
   assert "vLLM's memory" in _missing(found)
+
+
+def test_who_shares_a_model_needs_so_many_devices(monkeypatch):
+  device = types.SimpleNamespace(platform="gpu", device_kind="H200")
+  monkeypatch.setattr(checks_lib.jax, "devices", lambda: [device])
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  ask = lambda **changes: checks_lib._accelerator(
+      dataclasses.replace(_SMOKE, **changes), None
+  )
+  assert ask().status == checks_lib.OK
+  check = ask(dpo=dataclasses.replace(_SMOKE.dpo, fsdp=2))
+  assert check.status == checks_lib.MISSING and "is 2" in check.found
+  two = dataclasses.replace(_SMOKE.vllm, tensor_parallel=2)
+  assert ask(vllm=two).status == checks_lib.OK  # JAX samples.
+  check = ask(vllm=two, sampler="vllm")
+  assert check.status == checks_lib.MISSING
+  assert "vllm.tensor_parallel is 2" in check.found
 
 
 def test_memory_and_disk(monkeypatch, tmp_path):
