@@ -336,13 +336,8 @@ def _longest(parts, positions: int) -> int:
   for (name, split), part in parts.items():
     new = part.settings.max_new_tokens
     needed.append(run_lib.longest(part.prompts, new, positions))
-    cut = sum(len(prompt) + new > positions for prompt in part.prompts)
-    if cut:
-      progress.note(
-          f"{cut} of {len(part.items)} {split} prompts of {name} and {new} new"
-          f" tokens exceed the model's {positions} positions; they lose their"
-          " beginning, and their answers say so"
-      )
+    what = f"{split} prompts of {name}"
+    run_lib.note_cut(what, part.prompts, new, positions)
   return max(needed)
 
 

@@ -282,6 +282,26 @@ def longest(
   return min(max(map(len, prompts)) + max_new_tokens, positions)
 
 
+def note_cut(
+    what: str, prompts: Sequence[list[int]], max_new_tokens: int, positions: int
+):
+  """Says how many prompts lose their beginning, if any.
+
+  Args:
+    what: they are.
+    prompts: tokens.
+    max_new_tokens: of an answer.
+    positions: of the model.
+  """
+  cut = sum(len(prompt) + max_new_tokens > positions for prompt in prompts)
+  if cut:
+    progress.note(
+        f"{cut} of {len(prompts)} {what} and {max_new_tokens} new tokens exceed"
+        f" the model's {positions} positions; they lose their beginning, and"
+        " their answers say so"
+    )
+
+
 def evaluate(
     model: str,
     settings: config_lib.Evaluate,
@@ -318,15 +338,7 @@ def evaluate(
   tokenizer = convert.load_tokenizer(directory)
   prompts = [tokenizer.encode(item.prompt) for item in items]
   positions = longest(prompts, settings.max_new_tokens, decoder.max_positions)
-  cut = sum(
-      len(prompt) + settings.max_new_tokens > positions for prompt in prompts
-  )
-  if cut:
-    progress.note(
-        f"{cut} of {len(items)} prompts and {settings.max_new_tokens} new"
-        f" tokens exceed the model's {positions} positions; they lose their"
-        " beginning, and their answers say so"
-    )
+  note_cut("prompts", prompts, settings.max_new_tokens, positions)
   about = {
       "task": settings.task,
       "items": len(items),

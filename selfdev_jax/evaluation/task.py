@@ -23,6 +23,10 @@ class Item:
   gold: str
 
 
+# Troubles of a comparison.
+TIMEOUT, ERROR = "timeout", "error"
+
+
 @dataclasses.dataclass(frozen=True)
 class Mark:
   """What one metric says of one generation.
@@ -86,6 +90,6 @@ def summarize(marks: Sequence[Mark]) -> dict[str, Any]:
       "accuracy": correct / n,
       "ci95": list(records.wilson(correct, n)),
       "unextracted": sum(mark.extracted is None for mark in marks),
-      "timeouts": troubles.count("timeout"),
-      "errors": troubles.count("error"),
+      "timeouts": troubles.count(TIMEOUT),
+      "errors": troubles.count(ERROR),
   }

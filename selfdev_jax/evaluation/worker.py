@@ -107,19 +107,12 @@ def _shut():
   os.dup2(1, 2)
   with contextlib.suppress(OSError):  # A kernel without it.
     layers.restrict_files([sys.prefix, sys.base_prefix])
-  _limit(resource.RLIMIT_FSIZE, 0)
+  layers.lower_limit(resource.RLIMIT_FSIZE, 0)
 
 
 def _limit_memory(more_bytes: int):
-  _limit(resource.RLIMIT_AS, layers.mapped_bytes() + more_bytes)
-  _limit(resource.RLIMIT_CORE, 0)
-
-
-def _limit(which: int, value: int):
-  hard = resource.getrlimit(which)[1]
-  if hard != resource.RLIM_INFINITY:
-    value = min(value, hard)
-  resource.setrlimit(which, (value, value))
+  layers.lower_limit(resource.RLIMIT_AS, layers.mapped_bytes() + more_bytes)
+  layers.lower_limit(resource.RLIMIT_CORE, 0)
 
 
 def _limit_cpu(more_s: int):

@@ -21,7 +21,9 @@ import threading
 import time
 import weakref
 
+from selfdev_jax.evaluation.task import ERROR
 from selfdev_jax.evaluation.task import Mark
+from selfdev_jax.evaluation.task import TIMEOUT
 from selfdev_jax.sandbox import process
 
 _SCRIPT = pathlib.Path(__file__).with_name("worker.py")
@@ -30,9 +32,6 @@ _LIMIT_S = 30.0  # The libraries' own come to 15 s for one comparison.
 _MEMORY_BYTES = 2 << 30  # A worker's, beyond what it starts with.
 _MAX_REQUEST_BYTES = 1 << 28
 _MAX_ANSWER_BYTES = 1 << 16
-
-TIMEOUT = "timeout"
-ERROR = "error"
 
 
 class _Worker(process.Process):

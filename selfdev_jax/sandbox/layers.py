@@ -236,11 +236,16 @@ def _limit(limits):
       (resource.RLIMIT_CORE, 0),
       (resource.RLIMIT_NPROC, 0),
   ):
-    # Only root may raise one, and whoever set it meant it.
-    hard = resource.getrlimit(limit)[1]
-    if hard != resource.RLIM_INFINITY:
-      value = min(value, hard)
-    resource.setrlimit(limit, (value, value))
+    lower_limit(limit, value)
+
+
+def lower_limit(which: int, value: int) -> None:
+  """Sets an rlimit for good, to no more than it is."""
+  # Only root may raise one, and whoever set it meant it.
+  hard = resource.getrlimit(which)[1]
+  if hard != resource.RLIM_INFINITY:
+    value = min(value, hard)
+  resource.setrlimit(which, (value, value))
 
 
 def _chroot(root):
