@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -124,7 +125,7 @@ def run(
     prompt = programs.load_prompt(config.propose.prompt)
     identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
     identity["items"] = evaluation.digest(
-        [item for items in _items(config).values() for item in items]
+        [item for items in _items(config.evaluate).values() for item in items]
     )
     provenance = _provenance() | {
         "sandbox": box.layers(),
@@ -147,7 +148,7 @@ def check(config: config_lib.Config):
   Raises:
     UserError: naming the key.
   """
-  _items(config)
+  _items(config.evaluate)
   programs.load_prompt(config.propose.prompt)
   if config.dpo.trains != "lora":
     raise errors.UserError(
@@ -160,9 +161,11 @@ def check(config: config_lib.Config):
     raise errors.UserError("config key 'experts' names a model twice")
 
 
-def _items(config: config_lib.Config) -> dict[str, list[evaluation.Item]]:
-  """What is asked on each split."""
-  settings = config.evaluate
+@functools.cache
+def _items(
+    settings: config_lib.Evaluate,
+) -> Mapping[str, list[evaluation.Item]]:
+  """What is asked on each split; made once, as MATH takes a while."""
   task = evaluation.load(settings)
   return {
       records.DEV: task.items(records.DEV, settings.dev_size),
@@ -192,7 +195,7 @@ def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
         f"evaluate.max_new_tokens is {new}, the model has {positions}"
         " positions; lower it"
     )
-  for split, items in _items(config).items():
+  for split, items in _items(config.evaluate).items():
     lengths = [count(item.prompt) for item in items]
     cut = sum(length + new > positions for length in lengths)
     if cut:
@@ -373,7 +376,7 @@ class _Run:
     self._box = box
     self._prompt = programs.load_prompt(config.propose.prompt)
     self._task = evaluation.load(config.evaluate)
-    self._items = _items(config)
+    self._items = _items(config.evaluate)
     self._sampler = sampler
 
   def run(self):
