@@ -54,6 +54,12 @@ _ALLOW_WEAK = flags.DEFINE_bool(
     "Run generated programs also where neither seccomp nor bubblewrap is to be"
     " had; the archive records it.",
 )
+_TRACE = flags.DEFINE_bool(
+    "trace",
+    False,
+    "Write a profile of the first iteration that is run into WORKDIR/trace, for"
+    " TensorBoard or Perfetto.",
+)
 _PLAN = flags.DEFINE_bool(
     "plan", False, "Say what the run would take and lacks, and run nothing."
 )
@@ -73,6 +79,7 @@ def main(_):
       _VLLM_ADDRESS.value,
       _RECORDING.value,
       _ALLOW_WEAK.value,
+      _TRACE.value,
   )
   if _PLAN.value:
     plan.show(config, _WORKDIR.value, host, _PLAN_DEVICE.value)

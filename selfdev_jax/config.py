@@ -338,6 +338,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+  """The nested dict that `flatten` was given."""
+  tree = {}
+  for key, value in flat.items():
+    *groups, name = key.split(".")
+    node = tree
+    for group in groups:
+      node = node.setdefault(group, {})
+    node[name] = value
+  return tree
+
+
 def digest(config: Any) -> str:
   """16 hex digits that name a config; equal configs, equal digits."""
   text = json.dumps(to_dict(config), sort_keys=True)

@@ -6,6 +6,7 @@ finished one. Keys are folded from (seed, iteration, stage, item): a resumed
 run draws what the uninterrupted one would have drawn.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
+from selfdev_jax import board as board_lib
 from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
@@ -56,6 +59,9 @@ SCALES = (0.02, 2.0)
 _DENSITIES = (0.05, 1.0)
 
 LAST_STAGE = "export"
+_SELECT = "select"  # Settles which programs of an iteration are new.
+
+_BOARD_S = 30.0  # TensorBoard sees new scores at least so often.
 
 # The control draws at most this many times the loop's samples to evaluate as
 # many new programs as the loop did.
@@ -83,12 +89,14 @@ class Host:
     recording: file that keeps what the sampler says, or that `replay` reads.
     allow_weak_sandbox: run generated programs also where neither seccomp nor
       bubblewrap is to be had; the archive records it.
+    trace: write a profile of the first iteration that is run into trace/.
   """
 
   vllm_python: str | None = None
   vllm_address: str | None = None
   recording: str | None = None
   allow_weak_sandbox: bool = False
+  trace: bool = False
 
 
 def run(
@@ -125,7 +133,11 @@ def run(
     prompt = programs.load_prompt(config.propose.prompt)
     identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
     identity["items"] = evaluation.digest(
-        [item for items in _items(config.evaluate).values() for item in items]
+        [
+            item
+            for items in load_items(config.evaluate).values()
+            for item in items
+        ]
     )
     provenance = _provenance() | {
         "sandbox": box.layers(),
@@ -139,7 +151,8 @@ def run(
     sampler = stack.enter_context(
         contextlib.closing(_sampler(config, loaded, longest, host, archive))
     )
-    _Run(config, archive, loaded, box, sampler).run()
+    board = stack.enter_context(board_lib.Board(archive))
+    _Run(config, archive, loaded, box, sampler, board, host.trace).run()
 
 
 def check(config: config_lib.Config):
@@ -148,7 +161,7 @@ def check(config: config_lib.Config):
   Raises:
     UserError: naming the key.
   """
-  _items(config.evaluate)
+  load_items(config.evaluate)
   programs.load_prompt(config.propose.prompt)
   if config.dpo.trains != "lora":
     raise errors.UserError(
@@ -162,7 +175,7 @@ def check(config: config_lib.Config):
 
 
 @functools.cache
-def _items(
+def load_items(
     settings: config_lib.Evaluate,
 ) -> Mapping[str, list[evaluation.Item]]:
   """What is asked on each split; made once, as MATH takes a while."""
@@ -195,7 +208,7 @@ def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
         f"evaluate.max_new_tokens is {new}, the model has {positions}"
         " positions; lower it"
     )
-  for split, items in _items(config.evaluate).items():
+  for split, items in load_items(config.evaluate).items():
     lengths = [count(item.prompt) for item in items]
     cut = sum(length + new > positions for length in lengths)
     if cut:
@@ -354,9 +367,15 @@ def _sweep_settings(family: str, settings: str) -> tuple[str, dict[str, Any]]:
   return "task_arithmetic", {"weight": values if values[1:] else values[0]}
 
 
-def _where(arm: str, t: int) -> str:
-  """How a progress bar begins; empty outside of the iterations."""
-  return f"Iteration {t}, {arm}: " if t else ""
+@dataclasses.dataclass(frozen=True)
+class _Counters:
+  """Several that count the same."""
+
+  counters: Sequence[Callable[[int], None]]
+
+  def update(self, n: int = 1):
+    for count in self.counters:
+      count(n)
 
 
 class _Run:
@@ -369,6 +388,8 @@ class _Run:
       loaded: Models,
       box: sandbox.Sandbox,
       sampler: sampling.Sampler,
+      board: board_lib.Board,
+      trace: bool,
   ):
     self._config = config
     self._archive = archive
@@ -376,8 +397,10 @@ class _Run:
     self._box = box
     self._prompt = programs.load_prompt(config.propose.prompt)
     self._task = evaluation.load(config.evaluate)
-    self._items = _items(config.evaluate)
+    self._items = load_items(config.evaluate)
     self._sampler = sampler
+    self._board = board
+    self._trace = trace
 
   def run(self):
     """All iterations, the baselines, then the test set, once."""
@@ -385,11 +408,12 @@ class _Run:
         records.LOOP, 0, "single models", records.DEV, self._single_models()
     )
     for t in range(1, self._config.iterations + 1):
-      self._iterate(records.LOOP, t)
-      if t > 1:
-        self._iterate(records.CONTROL, t)
-      if t < self._config.iterations:
-        self._refine(t)
+      with self._traced(t):
+        self._iterate(records.LOOP, t)
+        if t > 1:
+          self._iterate(records.CONTROL, t)
+        if t < self._config.iterations:
+          self._refine(t)
     self._sweeps()
     self._finalists()
     with self._archive.stage(records.LOOP, 0, store_lib.SEARCH):
@@ -403,6 +427,31 @@ class _Run:
     key = jax.random.fold_in(jax.random.key(self._config.seed), t)
     return jax.random.fold_in(key, zlib.crc32(stage.encode()))
 
+  @contextlib.contextmanager
+  def _working(self, arm, t, stage, what, total, unit):
+    """An activity and its bar; yields what has `update(n)`."""
+    where = f"Iteration {t}, {arm}: " if t else ""
+    with (
+        self._archive.activity(arm, t, stage, total, unit),
+        progress.bar(f"{where}{what}", total, unit) as bar,
+        jax.profiler.TraceAnnotation(f"{where}{stage}"),
+    ):
+      beat = lambda _: self._board.update(every_s=_BOARD_S)
+      yield _Counters((bar.update, self._archive.advance, beat))
+    self._board.update()
+
+  def _traced(self, t: int) -> contextlib.AbstractContextManager:
+    """Profiles iteration `t` where that is asked for and it has work left."""
+    if not self._trace or self._archive.is_done(records.LOOP, t, "refine"):
+      return contextlib.nullcontext()
+    self._trace = False
+    options = jax.profiler.ProfileOptions()
+    # Python's own frames would be most of the file.
+    options.python_tracer_level = 0
+    return jax.profiler.trace(
+        self._archive.workdir / "trace", profiler_options=options
+    )
+
   # One iteration of one arm.
 
   def _iterate(self, arm: str, t: int):
@@ -412,23 +461,22 @@ class _Run:
     as many new programs as the loop did; where duplicates leave it short it
     draws more.
     """
-    asked = self._config.propose.samples
-    if arm == records.LOOP:
-      self._propose(arm, t, asked)
-      self._admit(arm, t)
-      self._evaluate(arm, t, self._new_programs(arm, t))
-      return
-    budget = len(self._new_programs(records.LOOP, t))
-    drawn = asked
-    while True:
+    drawn = asked = self._config.propose.samples
+    most = None
+    if arm == records.CONTROL:
+      most = len(self._archive.candidates(records.LOOP, t))
+    while not self._archive.is_done(arm, t, _SELECT):
       self._propose(arm, t, drawn)
       self._admit(arm, t)
       new = self._new_programs(arm, t)
-      if len(new) >= budget or drawn >= _CONTROL_OVERSAMPLING * asked:
-        break
-      more = self._config.propose.batch_size
-      drawn = min(drawn + more, _CONTROL_OVERSAMPLING * asked)
-    self._evaluate(arm, t, new[:budget])
+      is_short = most is not None and len(new) < most
+      if is_short and drawn < _CONTROL_OVERSAMPLING * asked:
+        more = self._config.propose.batch_size
+        drawn = min(drawn + more, _CONTROL_OVERSAMPLING * asked)
+        continue
+      with self._archive.stage(arm, t, _SELECT):
+        self._archive.add_candidates(arm, t, new[:most])
+    self._evaluate(arm, t, self._archive.candidates(arm, t))
 
   def _propose(self, arm: str, t: int, samples: int):
     """Samples the arm's factory until it has written `samples` completions."""
@@ -441,13 +489,14 @@ class _Run:
     )
     lora = self._adapter(arm, t)
     version = "seed" if lora is None else f"factory:{t}"
+    factory = 1 if lora is None else t
     self._sampler.swap_weights(self._models.seed, version, lora)
-    with (
-        self._archive.timed(arm, t, "propose"),
-        progress.bar(
-            f"{_where(arm, t)}sampling", samples - have, "program"
-        ) as bar,
-    ):
+    with self._working(
+        arm, t, "propose", "sampling", samples - have, "program"
+    ) as bar:
+      self._archive.add_factory(
+          factory, "" if lora is None else models.checksum(lora)
+      )
       for batch in self._sampler.generate(
           [self._prompt] * (samples - have),
           keys,
@@ -458,7 +507,9 @@ class _Run:
         engine = self._sampler.engine
         self._archive.add_completions(
             [
-                records.Completion(arm, t, have + i, g.text, g.finished, engine)
+                records.Completion(
+                    arm, t, have + i, g.text, g.finished, engine, factory
+                )
                 for i, g in enumerate(batch)
             ]
         )
@@ -473,12 +524,9 @@ class _Run:
     ]
     if not waiting:
       return
-    with (
-        self._archive.timed(arm, t, "admit"),
-        progress.bar(
-            f"{_where(arm, t)}admitting", len(waiting), "program"
-        ) as bar,
-    ):
+    with self._working(
+        arm, t, "admit", "admitting", len(waiting), "program"
+    ) as bar:
       extracted = [self._extract(completion) for completion in waiting]
       sources = [x for x in extracted if isinstance(x, str)]
       with contextlib.closing(self._box.admit_all(sources)) as answers:
@@ -540,6 +588,8 @@ class _Run:
     # What the arm admitted and does the same as what it has paid for.
     admitted = [v.digest for v in self._verdicts(arm, t) if v.admitted]
     self._reuse(
+        arm,
+        t,
         list(map(_program, dict.fromkeys(admitted))),
         list(map(_program, self._evaluated(arm, t))),
     )
@@ -569,7 +619,7 @@ class _Run:
       bottom: likewise of the worst.
     """
     if split == records.DEV:  # On the test set each gives its own answers.
-      self._reuse(names, list(self._archive.scores(split)))
+      self._reuse(arm, t, names, list(self._archive.scores(split)))
     known = self._archive.scores(split)
     # One that took its score from another runs as that one.
     names = list(
@@ -581,11 +631,8 @@ class _Run:
     race = self._race(split, names, known, top, bottom)
     if race.turn() is None:
       return
-    what = f"{_where(arm, t)}scoring" if t else f"Scoring {stage}"
-    with (
-        self._archive.timed(arm, t, stage),
-        progress.bar(f"{what} on {split}", race.missing, "answer") as bar,
-    ):
+    what = f"scoring on {split}" if t else f"Scoring {stage} on {split}"
+    with self._working(arm, t, stage, what, race.missing, "answer") as bar:
       self._run_race(race, names, split, bar)
 
   def _race(self, split, names, known, top, bottom):
@@ -618,13 +665,14 @@ class _Run:
       name, start = names[i], time.monotonic()
       failure = ""
       if name != before:
-        params, failure = self._merge(name)
+        params, failure = merge(self._models, self._archive, name)
         # Whoever has answered, or was chosen for its answers, was merged.
         if failure and (first or split == records.TEST):
-          params, failure = self._merge(name)
+          params, failure = merge(self._models, self._archive, name)
           if failure:
             raise errors.UserError(_unrepeated(name, failure))
         if not failure:
+          weights = models.checksum(params)
           self._sampler.swap_weights(params, name)
         before = name
       merged = time.monotonic()
@@ -632,7 +680,13 @@ class _Run:
         responses, last = [], len(items)
         race.fail(i)
       else:
-        responses = self._respond(items[first:last], first)
+        responses = respond(
+            self._sampler,
+            self._task,
+            self._config.evaluate,
+            items[first:last],
+            first,
+        )
         race.add(i, [r.correct for r in responses])
       self._archive.add_score(
           records.Score(
@@ -645,16 +699,21 @@ class _Run:
               engine=self._sampler.engine,
               failure=failure,
               items=len(items),
+              weights="" if failure else weights,
           ),
           responses,
       )
       bar.update(missing - race.missing)
       missing = race.missing
 
-  def _reuse(self, names: Sequence[str], models: Sequence[str]):
+  def _reuse(
+      self, arm: str, t: int, names: Sequence[str], models: Sequence[str]
+  ):
     """Gives programs the dev scores of those that do the same.
 
     Args:
+      arm: whose programs.
+      t: likewise.
       names: those that have a score are left alone.
       models: whose scores may be taken, in this order.
     """
@@ -668,9 +727,15 @@ class _Run:
     first = sandbox.first_alike(
         [prints[n.removeprefix(records.PROGRAM)] for n in (*scored, *new)]
     )
-    for name, i in zip(new, first[len(scored) :], strict=True):
-      if i < len(scored):
-        score = known[scored[i]]
+    alike = {
+        name: known[scored[i]]
+        for name, i in zip(new, first[len(scored) :], strict=True)
+        if i < len(scored)
+    }
+    if not alike:
+      return
+    with self._archive.activity(arm, t, "reuse", len(alike), "program"):
+      for name, score in alike.items():
         self._archive.add_score(
             dataclasses.replace(
                 score,
@@ -678,36 +743,10 @@ class _Run:
                 merge_s=0.0,
                 evaluate_s=0.0,
                 reused=score.reused or score.model,
+                weights="",
             )
         )
-
-  def _merge(self, name: str) -> runner.Merged:
-    """The model behind a name."""
-    family, _, settings = name.partition(":")
-    merges = self._models.merges
-    if family == "seed":
-      return runner.Merged(self._models.seed)
-    if family == "expert":
-      return merges.expert(settings)
-    if name.startswith(records.PROGRAM):
-      return merges.program(self._archive.program(settings))
-    method, parameters = _sweep_settings(family, settings)
-    return merges.method(method, **parameters)
-
-  def _respond(
-      self, items: Sequence[evaluation.Item], first: int
-  ) -> list[records.Response]:
-    """What the model that the sampler has says to items from `first` on."""
-    settings = self._config.evaluate
-    batches = self._sampler.generate(
-        [item.prompt for item in items],
-        max_new_tokens=settings.max_new_tokens,
-        # The embedded sampler would fill a smaller batch up.
-        batch_size=min(settings.batch_size, len(items)),
-        stop=self._task.stop,
-    )
-    generations = [generation for batch in batches for generation in batch]
-    return evaluation.grade(self._task, items, generations, first)
+        self._archive.advance(1)
 
   # Preferences and DPO.
 
@@ -724,20 +763,23 @@ class _Run:
   def _candidates(self, t: int) -> list[preferences.Candidate]:
     """The loop's scored programs of one iteration, as they were written."""
     scores = self._archive.scores(records.DEV)
-    new = self._new_programs(records.LOOP, t)
+    new = self._archive.candidates(records.LOOP, t)
+    written = self._written(records.LOOP, t, new)
     return [
-        preferences.Candidate(text, digest, scores[_program(digest)])
-        for digest, text in self._written(records.LOOP, t, new).items()
+        preferences.Candidate(
+            preferences.Writing(t, item, text), digest, scores[_program(digest)]
+        )
+        for digest, (item, text) in written.items()
     ]
 
   def _written(
       self, arm: str, t: int, digests: Sequence[str]
-  ) -> dict[str, str]:
+  ) -> dict[str, tuple[int, str]]:
     """The first completion of each program that was not cut at the limit."""
     texts, found = self._finished(arm, t), {}
     for verdict in self._verdicts(arm, t):
       if verdict.item in texts:
-        found.setdefault(verdict.digest, texts[verdict.item])
+        found.setdefault(verdict.digest, (verdict.item, texts[verdict.item]))
     return {digest: found[digest] for digest in digests if digest in found}
 
   def _finished(self, arm: str, t: int) -> dict[int, str]:
@@ -753,7 +795,10 @@ class _Run:
 
   def _refine(self, t: int):
     """Preferences of iteration `t` and the factory of the next."""
-    with self._archive.stage(records.LOOP, t, "refine") as needed:
+    config = self._config.dpo
+    with self._archive.stage(
+        records.LOOP, t, "refine", config.steps, "step"
+    ) as needed:
       if not needed:
         return
       texts = self._finished(records.LOOP, t)
@@ -763,7 +808,7 @@ class _Run:
           self._candidates(t),
           [self._candidates(before) for before in range(1, t)],
           [
-              texts[v.item]
+              preferences.Writing(t, v.item, texts[v.item])
               for v in self._archive.verdicts(records.LOOP, t)
               if not v.admitted and v.item in texts
           ],
@@ -777,7 +822,7 @@ class _Run:
             " propose.samples or evaluate.dev_size, in another --workdir"
         )
       self._archive.replace_pairs(t, pairs)
-      config, loaded = self._config.dpo, self._models
+      loaded = self._models
       adapter = (
           lora.init(
               self._key(t, "lora"),
@@ -808,7 +853,8 @@ class _Run:
           weights=self._archive.meta("identity")[
               f"model {self._config.seed_model}"
           ],
-          label=f"{_where(records.LOOP, t)}DPO",
+          label=f"Iteration {t}, loop: DPO",
+          on_step=functools.partial(self._keep_step, t),
       )
       convert.save_adapter(
           self._factory_path(t + 1),
@@ -819,11 +865,16 @@ class _Run:
           rslora=config.rslora,
           base=self._config.seed_model,
       )
-      self._archive.replace_steps(
-          t, [records.Step(t, i, m) for i, m in enumerate(metrics, start=1)]
+      # Also those that a killed session took and did not keep.
+      self._archive.put_steps(
+          [records.Step(t, i, m) for i, m in enumerate(metrics, start=1)]
       )
       # The adapter stands; how its training went stays too.
       workdir_lib.discard_checkpoints(workdir)
+
+  def _keep_step(self, t: int, step: int, metrics: dict[str, float]):
+    self._archive.advance(1)
+    self._archive.put_steps([records.Step(t, step, metrics)])
 
   # Controls and the end.
 
@@ -879,8 +930,8 @@ class _Run:
     """Digests that count for an arm up to an iteration, or in all, in order."""
     digests = []
     for t in range(1, (until or self._config.iterations) + 1):
-      budget = len(self._new_programs(records.LOOP, t))
-      digests += self._new_programs(arm, t)[:budget]
+      # The first iteration of both arms is the same.
+      digests += self._archive.candidates(records.LOOP if t == 1 else arm, t)
     return digests
 
   def _export(self):
@@ -888,7 +939,7 @@ class _Run:
     dev = self._archive.scores(records.DEV)
     programs = map(_program, self._evaluated(records.LOOP))
     for name in _best(dev, programs, 1):
-      params, failure = self._merge(name)
+      params, failure = merge(self._models, self._archive, name)
       if failure:
         raise errors.UserError(_unrepeated(name, failure))
       convert.save(
@@ -897,6 +948,44 @@ class _Run:
           params,
           like=self._models.directory,
       )
+
+
+def merge(loaded: Models, archive: store_lib.Store, name: str) -> runner.Merged:
+  """The model behind the name of a score.
+
+  Args:
+    loaded: what is merged.
+    archive: has the programs.
+    name: see `records.Score`.
+  """
+  family, _, settings = name.partition(":")
+  if family == "seed":
+    return runner.Merged(loaded.seed)
+  if family == "expert":
+    return loaded.merges.expert(settings)
+  if name.startswith(records.PROGRAM):
+    return loaded.merges.program(archive.program(settings))
+  method, parameters = _sweep_settings(family, settings)
+  return loaded.merges.method(method, **parameters)
+
+
+def respond(
+    sampler: sampling.Sampler,
+    task: evaluation.Task,
+    settings: config_lib.Evaluate,
+    items: Sequence[evaluation.Item],
+    first: int,
+) -> list[records.Response]:
+  """What the model that the sampler has says to items from `first` on."""
+  batches = sampler.generate(
+      [item.prompt for item in items],
+      max_new_tokens=settings.max_new_tokens,
+      # The embedded sampler would fill a smaller batch up.
+      batch_size=min(settings.batch_size, len(items)),
+      stop=task.stop,
+  )
+  generations = [generation for batch in batches for generation in batch]
+  return evaluation.grade(task, items, generations, first)
 
 
 def _unrepeated(name: str, failure: str) -> str:

@@ -14,17 +14,26 @@ from selfdev_jax import records
 
 
 @dataclasses.dataclass(frozen=True)
+class Writing:
+  """A completion of the loop, as the factory wrote it."""
+
+  iteration: int
+  item: int
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Candidate:
   """A program that was merged and scored.
 
   Attributes:
-    text: the completion that it was taken from, as the factory wrote it.
+    writing: the completion that it was taken from.
     digest: its name.
     score: of its merged model, on the development split; one that is not
       complete was stopped by a race and is among neither end.
   """
 
-  text: str
+  writing: Writing
   digest: str
   score: records.Score
 
@@ -40,7 +49,7 @@ def build(
     iteration: int,
     candidates: Sequence[Candidate],
     earlier: Sequence[Sequence[Candidate]],
-    invalid: Sequence[str],
+    invalid: Sequence[Writing],
     prompt: str,
     seed: int,
 ) -> list[records.Pair]:
@@ -79,16 +88,22 @@ def build(
   chosen = _chosen(config, candidates, earlier)
   rejected = _rejected(config, candidates, chosen)
   slots = _count(config.bottom_fraction, len(candidates))
-  taken = {candidate.text for candidate in chosen}
-  failed = [text for text in dict.fromkeys(invalid) if text not in taken]
+  taken = {candidate.writing.text for candidate in chosen}
+  failed = {}  # The first of equal texts.
+  for writing in invalid:
+    if writing.text not in taken:
+      failed.setdefault(writing.text, writing)
   drawn = min(round(config.invalid_fraction * slots), len(failed))
   worse = [
-      *((c.text, c.digest, _value(c)) for c in rejected[: slots - drawn]),
-      *((text, None, float("-inf")) for text in rng.sample(failed, drawn)),
+      *((c.writing, c.digest, _value(c)) for c in rejected[: slots - drawn]),
+      *(
+          (writing, None, float("-inf"))
+          for writing in rng.sample(list(failed.values()), drawn)
+      ),
   ]
   pairs = [
-      (better, text, digest)
-      for better, (text, digest, value) in _PAIRINGS[config.pairing](
+      (better, writing, digest)
+      for better, (writing, digest, value) in _PAIRINGS[config.pairing](
           chosen, worse
       )
       if _value(better) > value
@@ -101,12 +116,15 @@ def build(
           iteration=iteration,
           item=item,
           prompt=prompt,
-          chosen=better.text,
-          rejected=text,
+          chosen=better.writing.text,
+          rejected=worse.text,
           chosen_digest=better.digest,
           rejected_digest=digest,
+          chosen_iteration=better.writing.iteration,
+          chosen_item=better.writing.item,
+          rejected_item=worse.item,
       )
-      for item, (better, text, digest) in enumerate(pairs)
+      for item, (better, worse, digest) in enumerate(pairs)
   ]
 
 

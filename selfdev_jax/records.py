@@ -4,8 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-SCHEMA_VERSION = 4
-
 LOOP = "loop"  # The arm whose factory is refined by DPO.
 CONTROL = "control"  # The same loop without DPO.
 ARMS = (LOOP, CONTROL)
@@ -55,6 +53,7 @@ class Completion:
   text: str
   finished: bool  # False when cut at the token limit.
   engine: str = ""  # What sampled it: "jax 0.10.2", "vllm 0.32.0".
+  factory: int = 1  # Iteration of the factory; the seed model is the first.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,8 @@ class Score:
   "exception". `reused` names the model whose score this is: a program with
   another digest and the same fingerprint, which was not evaluated again.
   `items` counts the whole split: a model that answered fewer, `n`, was stopped
-  by a race (evaluation/racing.py), or is not done.
+  by a race (evaluation/racing.py), or is not done. `weights` is the checksum of
+  the merged model (models/checksum.py).
   """
 
   model: str
@@ -115,6 +115,7 @@ class Score:
   failure: str = ""
   reused: str = ""
   items: int | None = None  # Becomes n where it is not given.
+  weights: str = ""
 
   def __post_init__(self):
     if self.items is None:
@@ -144,6 +145,9 @@ class Pair:
   rejected: str
   chosen_digest: str
   rejected_digest: str | None  # None: the rejected program did not run.
+  chosen_iteration: int  # Whose completion `chosen_item` was chosen.
+  chosen_item: int
+  rejected_item: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +160,24 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
-  """Wall-clock seconds of a stage; a resumed one has several."""
+class Activity:
+  """One stretch of work on a stage; a resumed stage has several.
 
+  `seconds` are wall-clock seconds, of one that was killed until its last
+  write; `writing_s` of them went into the archive. `done` of `total` units are
+  done since it started.
+  """
+
+  id: int
+  session: int
   arm: str
   iteration: int  # 0 for what belongs to no iteration.
   stage: str
+  seed: int
+  started: float | None  # Unix time; None in archives before schema 5.
   seconds: float
+  writing_s: float = 0.0
+  done: int = 0
+  total: int | None = None
+  unit: str = ""
+  finished: bool = True

@@ -122,14 +122,7 @@ def _config(archive):
         f"the run in {archive.workdir} is not finished; the command that"
         " started it resumes it"
     )
-  tree = {}
-  for key, value in archive.meta("config").items():
-    *groups, name = key.split(".")
-    node = tree
-    for group in groups:
-      node = node.setdefault(group, {})
-    node[name] = value
-  return config_lib.from_config_dict(tree)
+  return archive.config()
 
 
 def _read(workdir, top: int) -> _Run:

@@ -14,7 +14,9 @@ _ROWS = (
     ("tables",),
     ("config",),
     ("records",),
+    ("schema", "migrations"),
     ("store",),
+    ("inspection",),
     ("models",),
     ("convert",),
     ("merging",),
@@ -25,9 +27,12 @@ _ROWS = (
     ("preferences",),
     ("dpo",),
     ("tiny",),
+    ("board",),
     ("loop",),
     ("report",),
+    ("dashboard",),
     ("transfer",),
+    ("handover",),
     ("plan",),
 )
 _ROW = {name: i for i, row in enumerate(_ROWS) for name in row}

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
+from unittest import mock
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from selfdev_jax import evaluation
 from selfdev_jax import loop
 from selfdev_jax import merging
 from selfdev_jax import models
+from selfdev_jax import preferences
 from selfdev_jax import programs
 from selfdev_jax import records
 from selfdev_jax import sampling
@@ -46,6 +49,34 @@ class _Words:
     return bytes(int(t) - 2 for t in tokens if 2 <= t < 258).decode("latin1")
 
 
+def _run(*args):
+  return loop._Run(*args, board=mock.Mock(), trace=False)
+
+
+def _write(run, arm, t, texts, finished=None):
+  """Completions of a factory, as it wrote them."""
+  factory = t if arm == records.LOOP else 1
+  with run._archive.activity(arm, t, "propose"):
+    run._archive.add_factory(factory, "")
+    run._archive.add_completions(
+        [
+            records.Completion(
+                arm, t, i, x, finished is None or finished[i], "jax 0", factory
+            )
+            for i, x in enumerate(texts)
+        ]
+    )
+
+
+def _select(run, arm, t):
+  """Admits what was written and settles what is new; returns that."""
+  run._admit(arm, t)
+  new = run._new_programs(arm, t)
+  with run._archive.activity(arm, t, "select"):
+    run._archive.add_candidates(arm, t, new)
+  return new
+
+
 @pytest.fixture
 def run(tmp_path):
   seed, a, b = (models.init_params(_DECODER, i) for i in range(3))
@@ -56,7 +87,7 @@ def run(tmp_path):
       sandbox.Sandbox(_CONFIG.sandbox, merges.shapes, 2) as box,
   ):
     sampler = sampling.JaxSampler(_DECODER, _Words(), (1,))
-    yield loop._Run(_CONFIG, archive, loaded, box, sampler)
+    yield _run(_CONFIG, archive, loaded, box, sampler)
 
 
 _PROGRAMS = [
@@ -75,12 +106,7 @@ _PROGRAMS = [
 
 def test_every_completion_gets_a_verdict(run):
   archive = run._archive
-  archive.add_completions(
-      [
-          records.Completion(records.LOOP, 1, i, text, True)
-          for i, (text, _) in enumerate(_PROGRAMS)
-      ]
-  )
+  _write(run, records.LOOP, 1, [text for text, _ in _PROGRAMS])
   run._admit(records.LOOP, 1)
   verdicts = archive.verdicts(records.LOOP, 1)
   assert len(verdicts) == len(_PROGRAMS)
@@ -105,13 +131,11 @@ def test_new_programs_are_new_to_their_arm(run):
       (records.CONTROL, 2): [0.3, 0.1, 0.4],
   }
   for (arm, t), scales in texts.items():
-    archive.add_completions(
-        [
-            records.Completion(
-                arm, t, i, f"  return base + {s} * task_vectors[0]\n", True
-            )
-            for i, s in enumerate(scales)
-        ]
+    _write(
+        run,
+        arm,
+        t,
+        [f"  return base + {s} * task_vectors[0]\n" for s in scales],
     )
     run._admit(arm, t)
   names = {
@@ -122,13 +146,29 @@ def test_new_programs_are_new_to_their_arm(run):
   assert new("loop", 1) == new("control", 1) == [names["0.1"], names["0.2"]]
   assert new("loop", 2) == [names["0.3"]]
   assert new("control", 2) == [names["0.3"], names["0.4"]]
-  run._config = dataclasses.replace(_CONFIG, iterations=2)
-  # As many as the loop evaluated, and no more.
-  assert run._evaluated("control") == [
-      names["0.1"],
-      names["0.2"],
-      names["0.3"],
-  ]
+
+
+def test_the_control_evaluates_as_many_as_the_loop(run):
+  bodies = "  return base + {} * task_vectors[0]\n"
+  for arm, t, scales in (
+      (records.LOOP, 1, [0.1, 0.2]),
+      (records.LOOP, 2, [0.2, 0.3]),
+      (records.CONTROL, 2, [0.3, 0.1, 0.4]),
+  ):
+    _write(run, arm, t, [bodies.format(s) for s in scales])
+  run._config = dataclasses.replace(
+      _CONFIG,
+      iterations=2,
+      propose=dataclasses.replace(_CONFIG.propose, samples=2),
+  )
+  run._evaluate = mock.Mock()
+  for arm, t in ((records.LOOP, 1), (records.LOOP, 2), (records.CONTROL, 2)):
+    run._iterate(arm, t)
+  settled = [run._archive.candidates(records.LOOP, t) for t in (1, 2)]
+  assert [len(digests) for digests in settled] == [2, 1]
+  # 0.3 is new to the control, and 0.4 is one too many.
+  assert run._archive.candidates(records.CONTROL, 2) == settled[1]
+  assert run._evaluated("control") == settled[0] + settled[1]
 
 
 def test_a_program_that_does_the_same_is_not_scored_again(run, monkeypatch):
@@ -144,10 +184,8 @@ def test_a_program_that_does_the_same_is_not_scored_again(run, monkeypatch):
       (records.LOOP, 2, bodies[1:3]),
       (records.CONTROL, 2, bodies[3:]),
   ):
-    archive.add_completions(
-        [records.Completion(arm, t, i, x, True) for i, x in enumerate(texts)]
-    )
-    run._admit(arm, t)
+    _write(run, arm, t, texts)
+    _select(run, arm, t)
   digest = {
       v.source.split("return ")[1].strip(): v.digest for v in archive.verdicts()
   }
@@ -162,7 +200,7 @@ def test_a_program_that_does_the_same_is_not_scored_again(run, monkeypatch):
   run._score_all(records.LOOP, 0, "seed", records.DEV, ["seed"])
   scored.clear()
   for arm, t in ((records.LOOP, 1), (records.LOOP, 2), (records.CONTROL, 2)):
-    run._evaluate(arm, t, run._new_programs(arm, t))
+    run._evaluate(arm, t, archive.candidates(arm, t))
   assert scored == [f"program:{names[0]}", f"program:{names[2]}"]
   known = archive.scores(records.DEV)
   engine = run._sampler.engine
@@ -179,11 +217,11 @@ def _answer(run, monkeypatch, is_right):
   """Lets models answer as `is_right(name, item)` says; who was merged."""
   merged = []
 
-  def merge(name):
+  def merge(loaded, archive, name):
     merged.append(name)
-    return runner.Merged(None, "crash" if "broken" in name else "")
+    return runner.Merged({}, "crash" if "broken" in name else "")
 
-  def respond(items, first):
+  def respond(sampler, task, settings, items, first):
     return [
         records.Response(
             first + i, item.prompt, "", item.gold, "", is_right(merged[-1], i)
@@ -191,21 +229,34 @@ def _answer(run, monkeypatch, is_right):
         for i, item in enumerate(items, first)
     ]
 
-  monkeypatch.setattr(run, "_merge", merge)
-  monkeypatch.setattr(run, "_respond", respond)
+  monkeypatch.setattr(loop, "merge", merge)
+  monkeypatch.setattr(loop, "respond", respond)
   monkeypatch.setattr(run._sampler, "swap_weights", lambda *_: None)
   return merged
+
+
+def _know(archive, names):
+  """Admits programs of these names."""
+  texts = [name.removeprefix("program:") for name in names]
+  with archive.activity(records.LOOP, 1, "admit"):
+    archive.add_factory(1, "")
+    for i, digest in enumerate(texts):
+      archive.add_completions(
+          [records.Completion(records.LOOP, 1, i, digest, True)]
+      )
+      archive.add_verdict(records.Verdict(records.LOOP, 1, i, "", digest))
 
 
 def test_a_race_asks_less_and_finds_the_same(run, monkeypatch):
   evaluate = config_lib.Evaluate(dev_size=400, racing_block=25)
   config = dataclasses.replace(_CONFIG, evaluate=evaluate)
-  run = loop._Run(config, run._archive, run._models, run._box, run._sampler)
+  run = _run(config, run._archive, run._models, run._box, run._sampler)
   rng = np.random.default_rng(0)
   skill = {f"program:{i}": i / 50 for i in range(40)} | {"seed": 0.5}
   right = {name: rng.uniform(size=400) < p for name, p in skill.items()}
   right["program:20 broken"] = None
   names = [name for name in right if name != "seed"]
+  _know(run._archive, names)
   merged = _answer(run, monkeypatch, lambda name, item: bool(right[name][item]))
   score = lambda: run._score_all(
       records.LOOP, 1, "evaluate", records.DEV, names, top=3, bottom=4
@@ -245,8 +296,10 @@ def test_a_race_asks_less_and_finds_the_same(run, monkeypatch):
   score()
   assert len(merged) == asked
   interrupted = scores
-  run._archive._db.execute("DELETE FROM responses WHERE model != 'seed'")
-  run._archive._db.execute("DELETE FROM scores WHERE model != 'seed'")
+  for table in ("responses", "scores"):
+    run._archive._db.exec_driver_sql(
+        f"DELETE FROM {table} WHERE model != 'seed'"
+    )
   score()
   counted = lambda scores: {n: (s.n, s.correct) for n, s in scores.items()}
   assert counted(run._archive.scores(records.DEV)) == counted(interrupted)
@@ -258,11 +311,11 @@ def test_who_was_merged_before_is_not_given_up(run, monkeypatch):
   score(records.DEV)
   with run._archive.stage(records.LOOP, 0, store_lib.SEARCH):
     pass
-  merge, failures = run._merge, ["crash"] * 2
-  again = lambda name: (
-      runner.Merged(None, failures.pop()) if failures else merge(name)
+  merge, failures = loop.merge, ["crash"] * 2
+  again = lambda *about: (
+      runner.Merged(None, failures.pop()) if failures else merge(*about)
   )
-  monkeypatch.setattr(run, "_merge", again)
+  monkeypatch.setattr(loop, "merge", again)
   with pytest.raises(errors.UserError, match=r"merged before.* \(crash\)"):
     score(records.TEST)
   assert not run._archive.scores(records.TEST)
@@ -293,7 +346,7 @@ def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(run):
           ),
       ),
   ):
-    merged, failure = run._merge(name)
+    merged, failure = loop.merge(run._models, run._archive, name)
     assert not failure
     np.testing.assert_allclose(key(merged), key(seed) + expected, atol=1e-5)
 
@@ -303,7 +356,7 @@ def test_the_seed_and_the_experts_are_merges_too(run):
       ("seed", run._models.seed),
       ("expert:b", models.init_params(_DECODER, 2)),
   ):
-    merged, failure = run._merge(name)
+    merged, failure = loop.merge(run._models, run._archive, name)
     assert not failure
     for key in ("gate", "up", "down"):
       np.testing.assert_array_equal(
@@ -326,20 +379,14 @@ def test_keys_differ_by_seed_iteration_and_stage(run):
 def test_a_cut_completion_teaches_nothing(run):
   archive = run._archive
   texts = [f"  return base + {s} * task_vectors[0]\n" for s in (0.1, 0.2, 0.1)]
-  archive.add_completions(
-      [
-          records.Completion(records.LOOP, 1, i, text, finished)
-          for i, (text, finished) in enumerate(
-              zip(texts, (False, False, True), strict=True)
-          )
-      ]
-  )
-  run._admit(records.LOOP, 1)
-  for digest in run._new_programs(records.LOOP, 1):
-    archive.add_score(records.Score(f"program:{digest}", records.DEV, 300, 9))
+  _write(run, records.LOOP, 1, texts, (False, False, True))
+  names = [f"program:{digest}" for digest in _select(run, records.LOOP, 1)]
+  with archive.activity(records.LOOP, 1, "evaluate"):
+    for name in names:
+      archive.add_score(records.Score(name, records.DEV, 300, 9))
   # The first text was cut; the same program was written whole later on.
   (candidate,) = run._candidates(1)
-  assert candidate.text == texts[2]
+  assert candidate.writing == preferences.Writing(1, 2, texts[2])
 
 
 def test_a_program_whose_merge_fails_is_no_crash(run, monkeypatch):
@@ -348,10 +395,11 @@ def test_a_program_whose_merge_fails_is_no_crash(run, monkeypatch):
 
   monkeypatch.setattr(runner, "kernels", lambda program: fail)
   monkeypatch.setattr(type(run._archive), "program", lambda *_: "")
-  assert run._merge("program:x") == (None, "exception")
+  merge = functools.partial(loop.merge, run._models, run._archive)
+  assert merge("program:x") == (None, "exception")
   monkeypatch.setattr(merging.Merger, "merge", fail)
   with pytest.raises(NotImplementedError):
-    run._merge("ties:density=0.5,scale=1.0")
+    merge("ties:density=0.5,scale=1.0")
 
 
 def test_nothing_to_prefer_is_told(run):
@@ -402,10 +450,12 @@ def test_prompts_that_do_not_fit_are_counted(run, capsys):
   cut = sum(len(prompt) + 8 > limit for prompt in prompts)
   said = capsys.readouterr().err
   assert 0 < cut < 20 and f"{cut} of 20 dev prompts and 8 new" in said
-  run = loop._Run(config, run._archive, run._models, run._box, None)
+  run = _run(config, run._archive, run._models, run._box, None)
   run._sampler = sampling.JaxSampler(shapes, _Words(), (1,))
   run._sampler.swap_weights(run._models.seed, "seed")
-  responses = run._respond(run._items[records.DEV], 0)
+  responses = loop.respond(
+      run._sampler, run._task, config.evaluate, run._items[records.DEV], 0
+  )
   assert sum(response.truncated for response in responses) == cut
 
 
@@ -429,18 +479,17 @@ def test_a_sampler_that_cannot_be_had(kind, host, message, run, tmp_path):
 def test_a_run_goes_on_with_the_sampler_it_began_with(run):
   archive, host = run._archive, loop.Host(vllm_python="false")
   assert run._config.sampler == "auto"
-  archive.add_completions(
-      [records.Completion(records.LOOP, 1, 0, "", True, "jax 0")]
-  )
+  _write(run, records.LOOP, 1, [""])
   sampler = loop._sampler(run._config, run._models, 64, host, archive)
   assert isinstance(sampler, sampling.JaxSampler)
 
 
 def test_a_run_that_began_with_vllm_asks_for_it(run):
   archive, host = run._archive, loop.Host(vllm_python="false")
-  archive.add_score(
-      records.Score("seed", records.DEV, 2, 1, engine="vllm 0.32.0")
-  )
+  with archive.activity(records.LOOP, 0, "single models"):
+    archive.add_score(
+        records.Score("seed", records.DEV, 2, 1, engine="vllm 0.32.0")
+    )
   with pytest.raises(errors.UserError, match="make vllm-env"):
     loop._sampler(run._config, run._models, 64, host, archive)
 

@@ -135,12 +135,12 @@ def test_a_finished_run_returns_at_once_with_the_same_result(
 ):
   workdir, result, _ = finished
   with store_lib.Store.read(workdir) as archive:
-    before = archive.timings()
+    before = archive.activities()
   status, again, err = finish_smoke(start_smoke(workdir, smoke_cache))
   assert status == 0, err
   assert again == result
   with store_lib.Store.read(workdir) as archive:
-    assert archive.timings() == before
+    assert archive.activities() == before
 
 
 def test_the_report_is_one_file(finished):

@@ -22,10 +22,14 @@ _CONFIG = config_lib.Preferences(
 )
 
 
+def _writing(text, item=0, iteration=2):
+  return preferences.Writing(iteration, item, text)
+
+
 def _candidates(*correct, prefix="p", split=records.DEV):
   return [
       preferences.Candidate(
-          text=f"text {prefix}{i}",
+          writing=_writing(f"text {prefix}{i}", i),
           digest=f"{prefix}{i}",
           score=records.Score(f"program:{prefix}{i}", split, 10, n),
       )
@@ -39,7 +43,7 @@ def _build(candidates, *, earlier=(), invalid=(), seed=0, **changes):
       2,
       candidates,
       earlier,
-      invalid,
+      [_writing(text, 90 + i) for i, text in enumerate(invalid)],
       "the prompt",
       seed,
   )
@@ -77,7 +81,7 @@ class BuildTest(parameterized.TestCase):
     self.assertEqual(_digests(pairs), list(expected))
     self.assertEqual(
         pairs[0],
-        records.Pair(2, 0, "the prompt", "text p1", "text p9", "p1", "p9"),
+        records.Pair(2, 0, "the prompt", "text p1", "text p9", "p1", "p9", 2, 1, 9),
     )
     self.assertEqual([pair.item for pair in pairs], list(range(6)))
 
@@ -138,6 +142,9 @@ class BuildTest(parameterized.TestCase):
         bottom_fraction=0.4,
     )
     rejected = {(p.rejected, p.rejected_digest) for p in pairs}
+    # Of equal texts the first stands for them.
+    items = {p.rejected: p.rejected_item for p in pairs}
+    self.assertEqual((items["broken 0"], items["broken 1"]), (90, 91))
     # "text p9" is a chosen text: it ran once and timed out another time.
     self.assertEqual(
         rejected,
@@ -260,18 +267,21 @@ def test_other_test_scores_same_pairs(tmp_path: pathlib.Path, seed):
     rng = random.Random(f"{seed} {name}")
     config = config_lib.Config("x", "seed", ("expert",))
     with store_lib.Store.create(tmp_path / name, config, {}, {}) as store:
-      for candidate in _candidates(*range(10)):
-        store.add_score(candidate.score)
+      with store.activity(records.LOOP, 1, "evaluate"):
+        for correct in range(10):
+          model = f"expert:{correct}"
+          store.add_score(records.Score(model, records.DEV, 10, correct))
       with store.stage(records.LOOP, 0, store_lib.SEARCH):
         pass  # From here on the archive takes test scores.
-      for candidate in _candidates(
-          *(rng.randrange(11) for _ in range(10)), split=records.TEST
-      ):
-        store.add_score(candidate.score)
+      with store.activity(records.LOOP, 0, "best"):
+        for i in range(10):
+          correct = rng.randrange(11)
+          model = f"expert:{i}"
+          store.add_score(records.Score(model, records.TEST, 10, correct))
       scores = store.scores(records.DEV)
       assert len(store.scores(records.TEST)) == 10
     candidates = [
-        preferences.Candidate(f"text {model}", model, score)
+        preferences.Candidate(_writing(f"text {model}"), model, score)
         for model, score in scores.items()
     ]
     pairs.append(_build(candidates, max_pairs=4, seed=seed))
@@ -326,7 +336,7 @@ def test_a_race_leads_to_the_pairs_of_full_evaluation(seed):
       found.append(
           [
               preferences.Candidate(
-                  f"text {t} {i}",
+                  _writing(f"text {t} {i}", i, t),
                   f"{t} {i}",
                   records.Score(
                       f"program:{t} {i}",
@@ -341,6 +351,6 @@ def test_a_race_leads_to_the_pairs_of_full_evaluation(seed):
           ]
       )
   build = lambda found: preferences.build(
-      config, 2, found[1], found[:1], ["no program"], "the prompt", 0
+      config, 2, found[1], found[:1], [_writing("no program")], "the prompt", 0
   )
   assert build(raced) == build(whole)

@@ -95,22 +95,28 @@ def _archive(workdir, config):
       sandbox.Sandbox(config.sandbox, shapes, len(config.experts)) as box,
   ):
     texts = list(map(_source, _BODIES))
-    archive.add_completions(
-        [
-            records.Completion(records.LOOP, 1, i, text, True, "jax 0")
-            for i, text in enumerate(texts)
-        ]
-    )
-    for i, (text, correct) in enumerate(
-        zip(texts, _BODIES.values(), strict=True)
-    ):
-      answer = box.admit(text)
-      assert isinstance(answer, sandbox.Admitted), answer
-      verdict = records.Verdict(records.LOOP, 1, i, text, answer.digest)
-      about = answer.program, answer.stats, answer.fingerprint
-      archive.add_verdict(verdict, *about)
-      model = f"program:{answer.digest}"
-      archive.add_score(records.Score(model, records.DEV, _DEV, correct))
+    found = []
+    with archive.activity(records.LOOP, 1, "propose"):
+      archive.add_factory(1, "")
+      archive.add_completions(
+          [
+              records.Completion(records.LOOP, 1, i, text, True, "jax 0")
+              for i, text in enumerate(texts)
+          ]
+      )
+    with archive.activity(records.LOOP, 1, "admit"):
+      for i, text in enumerate(texts):
+        answer = box.admit(text)
+        assert isinstance(answer, sandbox.Admitted), answer
+        verdict = records.Verdict(records.LOOP, 1, i, text, answer.digest)
+        about = answer.program, answer.stats, answer.fingerprint
+        archive.add_verdict(verdict, *about)
+        found.append(answer.digest)
+      archive.add_candidates(records.LOOP, 1, found)
+    with archive.activity(records.LOOP, 1, "evaluate"):
+      for digest, correct in zip(found, _BODIES.values(), strict=True):
+        model = f"program:{digest}"
+        archive.add_score(records.Score(model, records.DEV, _DEV, correct))
     with archive.stage(records.LOOP, 0, store_lib.SEARCH):
       pass
     with archive.stage(records.LOOP, 0, "export"):

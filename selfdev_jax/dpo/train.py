@@ -1,5 +1,6 @@
 """Training on preference pairs, resumable between any two steps."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import hashlib
 import json
@@ -63,6 +64,7 @@ def train(
     workdir: str | os.PathLike,
     weights: str,
     label: str = "DPO",
+    on_step: Callable[[int, dict[str, float]], None] = lambda *_: None,
 ) -> tuple[models.Params, list[dict[str, float]]]:
   """Trains an adapter, or every weight.
 
@@ -81,6 +83,7 @@ def train(
       killed is taken up from there.
     weights: names the model's weights and its tokenizer, a digest.
     label: of the progress bar.
+    on_step: is told each step that is taken, from 1, and its metrics.
 
   Returns:
     (what was trained, as NumPy arrays, float32; metrics of each step under
@@ -144,7 +147,16 @@ def train(
       del params, trained
     history = kept.begin_metrics(done)
     state = _steps(
-        config, stepper, frozen, state, plan, reference, kept, history, label
+        config,
+        stepper,
+        frozen,
+        state,
+        plan,
+        reference,
+        kept,
+        history,
+        label,
+        on_step,
     )
     kept.finish()
     return step_lib.fetch(state.trained), history
@@ -198,7 +210,16 @@ def _reference(stepper, frozen, trained, plan, label) -> np.ndarray:
 
 
 def _steps(
-    config, stepper, frozen, state, plan, reference, kept, history, label
+    config,
+    stepper,
+    frozen,
+    state,
+    plan,
+    reference,
+    kept,
+    history,
+    label,
+    on_step,
 ) -> step_lib.State:
   """The steps that `history` lacks; their metrics are appended to it."""
   schedule = step_lib.schedule(config)
@@ -234,6 +255,7 @@ def _steps(
       }
       history.append(metrics)
       kept.log(step + 1, metrics)
+      on_step(step + 1, metrics)
       if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
         kept.save(step + 1, state)
       shown.update()

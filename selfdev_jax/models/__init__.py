@@ -1,5 +1,6 @@
 """Decoders in Flax NNX, their parameters as plain nested dicts."""
 
+from selfdev_jax.models.checksum import checksum
 from selfdev_jax.models.decoder import abstract_params
 from selfdev_jax.models.decoder import attention_kernel
 from selfdev_jax.models.decoder import bind
@@ -32,6 +33,7 @@ __all__ = [
     "attention_kernel",
     "bind",
     "causal_mask",
+    "checksum",
     "forward",
     "generate",
     "init_params",

@@ -1,15 +1,34 @@
 """From the rows of an archive to what the two arms and the baselines did."""
 
-import collections
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from selfdev_jax import records
-from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
+
+_COUNTS = """
+SELECT arm, iteration, count(*) AS sampled FROM completions
+GROUP BY arm, iteration
+"""
+# A score without a count of right answers has no merged model.
+_ADMITTED = """
+SELECT verdicts.arm, verdicts.iteration, count(*) AS admitted,
+  count(DISTINCT digest) AS distinct_
+FROM verdicts
+LEFT JOIN scores ON scores.program = digest AND split = 'dev'
+WHERE digest IS NOT NULL AND (model IS NULL OR correct IS NOT NULL)
+GROUP BY verdicts.arm, verdicts.iteration
+"""
+_FOUND = """
+SELECT arm, iteration, item, source, digest FROM verdicts
+WHERE digest = :digest AND arm = :arm ORDER BY iteration, item LIMIT 1
+"""
+_TIMES = "SELECT model, at FROM scores WHERE split = :split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,44 +38,22 @@ class Round:
   Attributes:
     iteration: from 1.
     sampled: completions of the factory.
-    verdicts: in order of item.
+    admitted: of these, with a merged model.
+    distinct: programs among them.
     scores: on the development set, of the programs that were new to the arm
       and within the budget of evaluations, in order of item.
-    broken: digest to why there is no merged model, of any arm.
   """
 
   iteration: int
   sampled: int
-  verdicts: tuple[records.Verdict, ...]
+  admitted: int
+  distinct: int
   scores: tuple[records.Score, ...]
-  broken: Mapping[str, str]
-
-  @property
-  def admitted(self) -> list[str]:
-    """Digests, one for each completion that gave a merged model."""
-    return [
-        v.digest
-        for v in self.verdicts
-        if v.admitted and v.digest not in self.broken
-    ]
 
   @property
   def accuracies(self) -> list[float]:
     """Of the new programs on what they were asked; failed ones have none."""
     return [s.accuracy for s in self.scores if s.accuracy is not None]
-
-  @property
-  def rejections(self) -> list[tuple[str, str, str]]:
-    """(stage, code, message) of each completion that gave no model."""
-    reasons = []
-    for v in self.verdicts:
-      if not v.admitted:
-        reasons.append((v.stage, v.code, v.message))
-      elif v.digest in self.broken:
-        reasons.append(
-            ("run", self.broken[v.digest], "the merge failed on the weights")
-        )
-    return reasons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +61,24 @@ class Run:
   """What the report needs of an archive.
 
   Attributes:
+    store: the archive; open as long as this is used.
     config: flat keys to values.
     sessions: versions and hardware, one entry for each start of the run.
     dev: scores on the development set, in the order they were written.
     test: likewise on the test set.
     arms: the rounds of the loop and of its control; both begin with the same.
+    hours: of each arm and each baseline's family, one for each of its scores
+      in order: hours of its work until the score was done. None in archives
+      that do not know.
   """
 
+  store: store_lib.Store
   config: Mapping[str, Any]
   sessions: Sequence[Mapping[str, Any]]
   dev: Mapping[str, records.Score]
   test: Mapping[str, records.Score]
   arms: Mapping[str, tuple[Round, ...]]
+  hours: Mapping[str, Sequence[float] | None]
 
   def candidates(self, arm: str) -> list[records.Score]:
     """Development scores of an arm's programs, in the arm's own order.
@@ -86,11 +89,7 @@ class Run:
     return [s for r in self.arms[arm] for s in r.scores]
 
   def family(self, name: str) -> list[records.Score]:
-    return [
-        score
-        for model, score in self.dev.items()
-        if model.partition(":")[0] == name
-    ]
+    return _family(self.dev, name)
 
   def top(self) -> list[records.Score]:
     """The loop's best programs by development score alone."""
@@ -98,13 +97,8 @@ class Run:
 
   def found(self, model: str) -> records.Verdict:
     """The loop's first completion that gave the program `model`."""
-    digest = digest_of(model)
-    return next(
-        v
-        for r in self.arms[records.LOOP]
-        for v in r.verdicts
-        if v.digest == digest
-    )
+    (row,) = self.store.rows(_FOUND, digest=digest_of(model), arm=records.LOOP)
+    return records.Verdict(*row)
 
 
 def read(store: store_lib.Store) -> Run:
@@ -112,20 +106,82 @@ def read(store: store_lib.Store) -> Run:
   config = store.meta("config")
   dev = store.scores(records.DEV)
   steps = range(1, config["iterations"] + 1)
-  loop = _rounds(store, dev, [(records.LOOP, t) for t in steps])
   # Same factory, same keys: the first iteration is stored once, for both.
-  control = _rounds(
-      store,
-      dev,
-      [(records.LOOP if t == 1 else records.CONTROL, t) for t in steps],
-  )
+  keys = {
+      records.LOOP: [(records.LOOP, t) for t in steps],
+      records.CONTROL: [
+          (records.LOOP if t == 1 else records.CONTROL, t) for t in steps
+      ],
+  }
+  sampled = {(a, t): n for a, t, n in store.rows(_COUNTS)}
+  admitted = {(a, t): counts for a, t, *counts in store.rows(_ADMITTED)}
+  arms = {
+      arm: tuple(
+          Round(
+              t,
+              sampled[source, t],
+              *admitted.get((source, t), (0, 0)),
+              tuple(
+                  dev[records.PROGRAM + digest]
+                  for digest in store.candidates(source, t)
+                  if records.PROGRAM + digest in dev
+              ),
+          )
+          for source, t in rounds
+          if (source, t) in sampled
+      )
+      for arm, rounds in keys.items()
+  }
+  scored = {
+      arm: [score for r in rounds for score in r.scores]
+      for arm, rounds in arms.items()
+  } | {name: _family(dev, name) for name in records.SWEEPS}
   return Run(
+      store=store,
       config=config,
-      sessions=store.meta("sessions"),
+      sessions=store.sessions(),
       dev=dev,
       test=store.scores(records.TEST),
-      arms={records.LOOP: loop, records.CONTROL: _budgeted(control, loop)},
+      arms=arms,
+      hours=_hours(store, scored),
   )
+
+
+def _family(dev, name):
+  return [
+      score for model, score in dev.items() if model.partition(":")[0] == name
+  ]
+
+
+def _hours(store, scored):
+  """See `Run.hours`."""
+  times = dict(map(tuple, store.rows(_TIMES, split=records.DEV)))
+  activities = store.activities()
+  hours = {}
+  for name, scores in scored.items():
+    own = [a for a in activities if _is_work_of(name, a)]
+    at = [times[score.model] for score in scores]
+    if None in at or any(a.started is None for a in own):
+      hours[name] = None
+      continue
+    at, spent = np.asarray(at, np.float64), np.zeros(len(at))
+    for a in own:
+      spent += np.clip(at - a.started, 0, a.seconds)
+    # What the other arm had found before is had at no cost, not in the past.
+    hours[name] = np.maximum.accumulate(spent / 3600).tolist()
+  return hours
+
+
+def _is_work_of(name: str, activity: records.Activity) -> bool:
+  """Whether an arm, or a family of baselines, had to do this."""
+  if name in records.SWEEPS:
+    return activity.stage == name
+  if not activity.iteration:
+    return activity.arm == name and activity.stage == "finalists"
+  if activity.arm == name:
+    return True
+  # The control's first iteration is the loop's, but for its refinement.
+  return activity.iteration == 1 and activity.stage != "refine"
 
 
 def digest_of(model: str) -> str:
@@ -140,59 +196,3 @@ def ranked(scores: Iterable[records.Score]) -> list[records.Score]:
 
 def best(scores: Iterable[records.Score]) -> records.Score | None:
   return next(iter(ranked(scores)), None)
-
-
-def _rounds(store, dev, keys):
-  """Rounds of one arm, each without the programs of the ones before it."""
-  broken = {
-      digest_of(model): score.failure or "non_finite"
-      for model, score in dev.items()
-      if model.startswith(records.PROGRAM) and score.correct is None
-  }
-  fingerprints = store.fingerprints()
-  rounds, seen = [], []
-  for arm, iteration in keys:
-    sampled = len(store.completions(arm, iteration))
-    if not sampled:
-      continue
-    verdicts = store.verdicts(arm, iteration)
-    seen.append([v.digest for v in verdicts if v.admitted])
-    new = [
-        records.PROGRAM + digest
-        for digest in sandbox.new_by_round(seen, fingerprints)[-1]
-    ]
-    rounds.append(
-        Round(
-            iteration=iteration,
-            sampled=sampled,
-            verdicts=tuple(verdicts),
-            scores=tuple(dev[model] for model in new if model in dev),
-            broken=broken,
-        )
-    )
-  return tuple(rounds)
-
-
-def _budgeted(control, loop):
-  """The control's rounds, with no more evaluations than the loop's.
-
-  A program beyond the control's budget may have a score all the same, when
-  the loop wrote that program too.
-  """
-  budget = {r.iteration: len(r.scores) for r in loop}
-  return tuple(
-      dataclasses.replace(r, scores=r.scores[: budget.get(r.iteration)])
-      for r in control
-  )
-
-
-def rejection_counts(
-    rounds: Iterable[Round],
-) -> dict[tuple[str, str], list[int]]:
-  """{(stage, code): count in each round}, most frequent first."""
-  counters = [
-      collections.Counter((stage, code) for stage, code, _ in r.rejections)
-      for r in rounds
-  ]
-  total = sum(counters, collections.Counter())
-  return {key: [c[key] for c in counters] for key, _ in total.most_common()}

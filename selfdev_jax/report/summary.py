@@ -97,8 +97,9 @@ def _answers(run, is_over):
 def seconds(store: store_lib.Store) -> dict[str, float]:
   """Wall-clock seconds of each stage, over arms, iterations and sessions."""
   total = {}
-  for timing in store.timings():
-    total[timing.stage] = total.get(timing.stage, 0.0) + timing.seconds
+  for activity in store.activities():
+    stage = activity.stage
+    total[stage] = total.get(stage, 0.0) + activity.seconds
   return total
 
 
@@ -161,8 +162,8 @@ def _iteration(r):
   return {
       "t": r.iteration,
       "sampled": r.sampled,
-      "admitted": len(r.admitted),
-      "distinct": len(set(r.admitted)),
+      "admitted": r.admitted,
+      "distinct": r.distinct,
       "evaluated": len(r.scores),
       "mean_dev": statistics.fmean(accuracies) if accuracies else None,
       "median_dev": statistics.median(accuracies) if accuracies else None,

@@ -115,12 +115,13 @@ def test_paired(result):
   assert not even["same_model"]
 
 
-def test_model_does_not_differ_from_itself(tmp_path, build):
+def test_model_does_not_differ_from_itself(tmp_path, build, score):
   with build(tmp_path, "first") as store:
     end_search(store)
-    store.add_score(
+    score(
+        store,
         records.Score("program:d2", records.TEST, 1, 1),
-        [records.Response(0, "p", "1", "1", "1", True)],
+        responses=[records.Response(0, "p", "1", "1", "1", True)],
     )
     result = summary.summarize(store)
   control = result["paired"]["control"]
@@ -129,32 +130,55 @@ def test_model_does_not_differ_from_itself(tmp_path, build):
   assert "is the very program of the control's best" in words.verdict(result)
 
 
-def test_selection_ignores_the_test_set(archive, result):
+def test_selection_ignores_the_test_set(archive, result, score):
   # d2 would win on the test set.
-  archive.add_score(records.Score("program:d1", records.TEST, 20, 20))
+  score(archive, records.Score("program:d1", records.TEST, 20, 20))
   assert summary.summarize(archive)["best"] == result["best"]
   run = reading.read(archive)
   assert [s.model for s in run.top()] == ["program:d3", "program:d2"]
 
 
-def test_rejections_count_every_completion_once(archive):
-  run = reading.read(archive)
-  loop = run.arms[records.LOOP]
-  assert reading.rejection_counts(loop) == {
-      ("filter", "syntax"): [1, 0],
-      ("run", "non_finite"): [0, 1],
-      ("trace", "shape"): [0, 1],
-  }
-  for r in loop:
-    assert len(r.admitted) + len(r.rejections) == r.sampled
+def test_rounds_count_every_completion_once(archive):
+  first, second = reading.read(archive).arms[records.LOOP]
+  counts = lambda r: (r.sampled, r.admitted, r.distinct, len(r.scores))
+  assert counts(first) == (4, 3, 2, 2)
+  # d4 has no merged model, and hostile text was rejected.
+  assert counts(second) == (4, 2, 2, 2)
+
+
+def test_hours_are_of_each_arms_own_work(tmp_path, build):
+  with build(tmp_path, "dev") as store:
+    # An hour each: the loop's two iterations, then the control's second.
+    started = {("loop", 1): 0, ("loop", 2): 3600, ("control", 2): 7200}
+    stages = [a.id for a in store.activities() if a.stage == "evaluate"]
+    run = store._db.exec_driver_sql
+    run("UPDATE activities SET started = 0, seconds = 0")
+    for id, ((arm, t), at) in zip(stages, started.items(), strict=False):
+      run(
+          "UPDATE activities SET arm = ?, iteration = ?, started = ?,"
+          " seconds = 3600 WHERE id = ?",
+          (arm, t, at, id),
+      )
+    at = {"d1": 1800, "d2": 3600, "d3": 5400, "d4": 7200, "d5": 9000}
+    for digest, seconds in at.items():
+      model = f"program:{digest}"
+      run("UPDATE scores SET at = ? WHERE model = ?", (seconds, model))
+    run("UPDATE scores SET at = 10800 WHERE model = 'program:d6'")
+    hours = reading.read(store).hours
+    assert hours["loop"] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    # The loop's second iteration is none of its work.
+    assert hours["control"] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    run("UPDATE scores SET at = NULL WHERE model = 'program:d6'")
+    hours = reading.read(store).hours
+    assert hours["control"] is None and hours["loop"] is not None
 
 
 def test_seconds_add_up_over_sessions(archive):
-  with archive.timed(records.LOOP, 2, "sample"):
+  with archive.activity(records.LOOP, 2, "propose"):
     pass
-  mine = [t.seconds for t in archive.timings() if t.stage == "sample"]
+  mine = [a.seconds for a in archive.activities() if a.stage == "propose"]
   assert len(mine) == 4
-  assert summary.summarize(archive)["seconds"]["sample"] == sum(mine)
+  assert summary.summarize(archive)["seconds"]["propose"] == sum(mine)
 
 
 @pytest.mark.parametrize("until", STAGES)
@@ -179,15 +203,15 @@ def test_same_result_from_two_runs(tmp_path, build):
   assert results[0] == results[1]
 
 
-def test_reads_beside_a_writer(tmp_path, build):
-  with (
-      build(tmp_path, "dev") as writer,
-      store_lib.Store.read(tmp_path) as reader,
-  ):
-    before = summary.summarize(reader)
-    end_search(writer)
-    writer.add_score(records.Score("program:d3", records.TEST, 20, 15))
-    after = summary.summarize(reader)
+def test_reads_one_moment_beside_a_writer(tmp_path, build, score):
+  with build(tmp_path, "dev") as writer:
+    with store_lib.Store.read(tmp_path) as reader:
+      before = summary.summarize(reader)
+      end_search(writer)
+      score(writer, records.Score("program:d3", records.TEST, 20, 15))
+      assert summary.summarize(reader) == before
+    with store_lib.Store.read(tmp_path) as reader:
+      after = summary.summarize(reader)
   assert before["best"]["test"] is None
   assert after["best"]["test"] == 0.75
 
@@ -255,23 +279,26 @@ def test_label(name, expected):
   assert words.label(name) == expected
 
 
-def test_ties_go_by_the_order_of_the_arm(tmp_path, build):
+def test_ties_go_by_the_order_of_the_arm(tmp_path, build, score):
   with build(tmp_path, "admitted") as store:
     for digest in ("d2", "d1"):
-      store.add_score(records.Score(f"program:{digest}", records.DEV, 10, 5))
+      score(store, records.Score(f"program:{digest}", records.DEV, 10, 5))
     assert summary.summarize(store)["best"]["program_id"] == "d1"
 
 
-def test_what_sampled_and_what_it_could_not_read_are_told(tmp_path, build):
+def test_what_sampled_and_what_it_could_not_read_are_told(
+    tmp_path, build, score
+):
   with build(tmp_path, "first") as store:
     result = summary.summarize(store)
     assert result["sampled_by"] == []
     assert result["truncated"] == {"dev": 0, "test": 0}
     assert words.sampling(result) == ""
-    for model in ("program:d8", "program:d9"):
-      store.add_score(
+    for model in ("expert:x", "expert:y"):
+      score(
+          store,
           records.Score(model, records.DEV, 3, 3, engine="vllm 0.32.0"),
-          [
+          responses=[
               records.Response(i, "p", "1", "1", "1", True, i < 2)
               for i in range(3)
           ],
