@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import runpy
-import sqlite3
 import sys
 from typing import Any
 from typing import NoReturn
@@ -15,7 +14,6 @@ from typing import NoReturn
 from absl import app as absl_app
 from absl import flags
 from absl import logging
-import jax
 
 # transformers says that it found no PyTorch; none is needed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -25,7 +23,6 @@ from selfdev_jax import config as config_lib
 from selfdev_jax import errors
 
 _INTERRUPTED = "interrupted; nothing is lost, run the same command again"
-_DISK_FULL = "database or disk is full"
 
 
 def run(
@@ -54,9 +51,8 @@ def run(
       sys.stdout.flush()
       sys.stderr.flush()
       os._exit(130)
-    except (OSError, sqlite3.OperationalError) as error:
-      is_full = getattr(error, "errno", None) == errno.ENOSPC
-      if is_full or _DISK_FULL in str(error):
+    except OSError as error:
+      if error.errno == errno.ENOSPC:
         _fail(
             f"the disk is full ({error}); make room, the same command resumes"
         )
@@ -68,6 +64,8 @@ def run(
 
 def keep_compiled():
   """Keeps what XLA compiles for the next process, up to 256 MB of it."""
+  import jax  # Here, as it takes seconds, and not every script needs it.
+
   jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_compilation_cache_max_size", 1 << 28)

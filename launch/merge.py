@@ -3,15 +3,19 @@ r"""Merges models into a Hugging Face directory, by a recipe or a program.
   python -m launch.merge --recipe=FILE.yml --out=DIR
   python -m launch.merge --program=FILE.py --base=DIR --experts=DIR,DIR \
     --out=DIR
+  python -m launch.merge --program=DIR/program.json --base=DIR \
+    --experts=DIR,DIR --scope=all --out=DIR
 
 A recipe is mergekit's YAML (models or slices, merge_method, base_model, dtype,
 out_dtype, parameters, tokenizer_source, chat_template); what is not supported
 is refused by key and line. A program defines merge(base, task_vectors), as the
 factory writes them: it is admitted by the sandbox first, and merges the MLP's
-weights, or with --scope=all every one.
+weights, or with --scope=all every one. In JSON it is what launch.export wrote:
+it is verified anew and merges as in the run, with the same bits.
 
 Models are directories, or `org/name[@revision]` on the Hugging Face hub. They
-may be larger than the memory: they pass tensor by tensor.
+may be larger than the memory: they pass tensor by tensor, but for a program in
+JSON, which needs the room that the run's merges need.
 """
 
 import pathlib
@@ -32,7 +36,7 @@ from selfdev_jax.merging import recipes
 from selfdev_jax.merging import stream
 
 _RECIPE = flags.DEFINE_string("recipe", None, "mergekit's YAML.")
-_PROGRAM = flags.DEFINE_string("program", None, "Python file with the program.")
+_PROGRAM = flags.DEFINE_string("program", None, "Program in Python or JSON.")
 _BASE = flags.DEFINE_string("base", None, "Seed model; with --program.")
 _EXPERTS = flags.DEFINE_list("experts", [], "Its experts; with --program.")
 _SCOPE = flags.DEFINE_enum(
@@ -88,6 +92,9 @@ def main(_):
         seed=_SEED.value,
         calibration_file=_CALIBRATION.value,
     )
+  elif pathlib.Path(_PROGRAM.value).suffix == ".json":
+    config, weights = _reapply(out)
+    print(f"weights {weights}")
   else:
     config = _merge_program(out)
   size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -97,12 +104,26 @@ def main(_):
   )
 
 
-def _merge_program(out: pathlib.Path):
+def _check_models():
   if _BASE.value is None or not _EXPERTS.value:
     raise errors.UserError(
         "--program needs --base, the seed model, and --experts, separated by"
         " commas"
     )
+
+
+def _reapply(out: pathlib.Path):
+  # The rest does without what a run imports.
+  from selfdev_jax.handover import reapply
+
+  _check_models()
+  return reapply.run(
+      _PROGRAM.value, _BASE.value, _EXPERTS.value, out, _SCOPE.value
+  )
+
+
+def _merge_program(out: pathlib.Path):
+  _check_models()
   try:
     source = pathlib.Path(_PROGRAM.value).read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:

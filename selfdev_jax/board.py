@@ -12,6 +12,8 @@ import tensorboardX
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
 
+_FLUSH_S = 10
+
 # Neither what another model was scored for, nor one that is not done or was
 # stopped: its accuracy is not of all items.
 _SCORES = """
@@ -22,8 +24,8 @@ WHERE scores.reused IS NULL AND (scores.n = scores.items
   OR scores.correct IS NULL) ORDER BY scores.at
 """
 _ADMITTED = """
-SELECT arm, iteration, count(digest) * 1.0 / count(*) FROM verdicts
-GROUP BY arm, iteration
+SELECT count(digest) * 1.0 / count(*) AS share FROM verdicts
+WHERE arm = :arm AND iteration = :iteration
 """
 
 
@@ -37,7 +39,9 @@ class Board:
     self._archive = archive
     directory = archive.workdir / "tensorboard"
     shutil.rmtree(directory, ignore_errors=True)
-    self._writer = tensorboardX.SummaryWriter(str(directory))
+    self._writer = tensorboardX.SummaryWriter(
+        str(directory), flush_secs=_FLUSH_S
+    )
     self._scores: set[int] = set()
     self._activities = 0
     self._best: dict[str, float] = {}
@@ -57,7 +61,6 @@ class Board:
       return
     self._add_scores()
     self._add_rates()
-    self._writer.flush()
     self._last = time.monotonic()
 
   def _add_scores(self):
@@ -85,19 +88,21 @@ class Board:
         add(f"{name}/answers_per_s", row.n / row.evaluate_s)
 
   def _add_rates(self):
-    """How fast each stage went, and what share of programs was admitted."""
-    done = [
-        a
-        for a in self._archive.activities()
-        if a.id > self._activities and a.finished
-    ]
-    for a in done:
+    """How fast each activity went, and what share of programs was admitted.
+
+    Against the number of the activity: a stage that was cut short has several.
+    """
+    for a in self._archive.activities():
+      if a.id <= self._activities or not a.finished:
+        continue
       self._activities = a.id
       tag = f"{a.arm}/{a.stage}"
-      self._writer.add_scalar(f"seconds/{tag}", a.seconds, a.iteration)
+      self._writer.add_scalar(f"seconds/{tag}", a.seconds, a.id)
       if a.done and a.seconds:
         rate = a.done / a.seconds
-        self._writer.add_scalar(f"{a.unit}s_per_s/{tag}", rate, a.iteration)
-    if any(a.stage == "admit" for a in done):
-      for arm, iteration, share in self._archive.rows(_ADMITTED):
-        self._writer.add_scalar(f"admitted/{arm}", share, iteration)
+        self._writer.add_scalar(f"{a.unit}s_per_s/{tag}", rate, a.id)
+      if a.stage == "admit":
+        ((share,),) = self._archive.rows(
+            _ADMITTED, arm=a.arm, iteration=a.iteration
+        )
+        self._writer.add_scalar(f"admitted/{a.arm}", share, a.id)

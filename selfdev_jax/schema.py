@@ -173,6 +173,19 @@ RESPONSES = _table(
     sa.ForeignKeyConstraint(
         ["split", "item"], ["questions.split", "questions.item"]
     ),
+    # Rare, and asked for each time the page is made.
+    sa.Index(
+        "responses_truncated",
+        "split",
+        "item",
+        sqlite_where=sa.text("truncated"),
+    ),
+    sa.Index(
+        "responses_trouble",
+        "split",
+        "trouble",
+        sqlite_where=sa.text("trouble != ''"),
+    ),
     sqlite_with_rowid=False,
 )
 PAIRS = _table(

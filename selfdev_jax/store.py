@@ -118,11 +118,20 @@ class Store:
         # Transactions are begun here, in the way that each needs.
         isolation_level="AUTOCOMMIT",
     )
+
+    @sa.event.listens_for(engine, "handle_error")
+    def keep(context):
+      # A file does not disconnect. After Ctrl-C within a statement there is
+      # still a transaction to roll back.
+      context.is_disconnect = False
+
     self._db = engine.connect()
     self._session: int | None = None
     self._seed = 0
     self._activity: records.Activity | None = None
     self._beat = 0.0
+    # (split, item) of questions that this session has kept.
+    self._asked: set[tuple[str, int]] = set()
 
   @classmethod
   def create(
@@ -152,6 +161,8 @@ class Store:
     path.mkdir(parents=True, exist_ok=True)
     _check_free(path)
     with _explained(path):
+      if (path / ARCHIVE).is_file():
+        _check_whole(path)
       connection = sqlite3.connect(
           path / ARCHIVE, isolation_level=None, timeout=_BUSY_S
       )
@@ -165,8 +176,6 @@ class Store:
 
   def _begin(self, config, identity, provenance):
     found = _revision(self._db, self.workdir)
-    if found is not None:
-      _check_whole(self._db, self.workdir)
     run = self._db.exec_driver_sql
     run("PRAGMA journal_mode=WAL")
     # Each commit reaches the disk before the next begins.
@@ -174,7 +183,11 @@ class Store:
     if found is None:
       self._make(config, identity)
     elif found != schema.REVISION:
-      self._upgrade(found)
+      self._upgrade()
+      progress.note(
+          f"{self.workdir / ARCHIVE} was brought from schema {found} to"
+          f" {schema.REVISION}"
+      )
     run("PRAGMA foreign_keys=ON")
     self._check(config, identity)
     self._seed = config.seed
@@ -200,16 +213,12 @@ class Store:
           [{"key": k, "value": _dumps(v)} for k, v in meta.items()],
       )
 
-  def _upgrade(self, found: str):
+  def _upgrade(self):
     # Alembic is only loaded where there is something to do.
     from selfdev_jax import migrations
 
     with self._transaction():
       migrations.upgrade(self._db)
-    progress.note(
-        f"{self.workdir / ARCHIVE} was brought from schema {found} to"
-        f" {schema.REVISION}"
-    )
 
   @classmethod
   def read(cls, workdir: str | os.PathLike) -> "Store":
@@ -239,7 +248,7 @@ class Store:
       if found != schema.REVISION:
         store._db.close()
         store = cls(_upgraded(connection, stack), path)
-        store._upgrade(found)
+        store._upgrade()
       store._db.exec_driver_sql("BEGIN")
       # A transaction sees what there is when it first reads.
       _revision(store._db, path)
@@ -292,16 +301,16 @@ class Store:
   def _transaction(self) -> Iterator[None]:
     start = time.monotonic()
     with _explained(self.workdir):
-      self._db.exec_driver_sql("BEGIN IMMEDIATE")
       try:
+        self._db.exec_driver_sql("BEGIN IMMEDIATE")
         yield
         self._record_activity()
+        self._db.exec_driver_sql("COMMIT")
       except BaseException:
         # A full disk has rolled back already.
         if self._db.connection.dbapi_connection.in_transaction:
           self._db.exec_driver_sql("ROLLBACK")
         raise
-      self._db.exec_driver_sql("COMMIT")
     if self._activity is not None:
       self._beat = time.monotonic()
       self._activity = dataclasses.replace(
@@ -633,25 +642,26 @@ class Store:
         "activity": self._current().id,
     }
     insert = sqlite_dialect.insert(schema.SCORES)
-    kept, new = schema.SCORES.c, insert.excluded
+    kept, added = schema.SCORES.c, insert.excluded
     statement = insert.on_conflict_do_update(
         index_elements=["model", "split"],
         set_={
-            name: kept[name] + new[name]
+            name: kept[name] + added[name]
             for name in ("n", "correct", "merge_s", "evaluate_s")
         }
         | {
             "engine": sa.case(
-                (sa.func.instr(kept.engine, new.engine) > 0, kept.engine),
-                else_=kept.engine + ", " + new.engine,
+                (sa.func.instr(kept.engine, added.engine) > 0, kept.engine),
+                else_=kept.engine + ", " + added.engine,
             ),
-            "at": new.at,
+            "at": added.at,
         },
     )
     questions = sqlite_dialect.insert(schema.QUESTIONS).on_conflict_do_nothing()
+    new = [r for r in responses if (score.split, r.item) not in self._asked]
     with self._transaction():
       self._db.execute(statement, [row])
-      if responses:
+      if new:
         self._db.execute(
             questions,
             [
@@ -661,7 +671,7 @@ class Store:
                     "prompt": r.prompt,
                     "gold": r.gold,
                 }
-                for r in responses
+                for r in new
             ],
         )
       self._insert(
@@ -680,6 +690,7 @@ class Store:
               for r in responses
           ],
       )
+    self._asked.update((score.split, r.item) for r in new)
 
   def scores(self, split: str) -> dict[str, records.Score]:
     """All scores of one split by model, in the order they were written.
@@ -700,6 +711,20 @@ class Store:
             score, n=now.n, correct=now.correct, failure=now.failure
         )
     return scores
+
+  def score(self, model: str, split: str) -> records.Score | None:
+    """One of `scores`."""
+    rows = self.rows(
+        "SELECT s.model, s.split, coalesce(o.n, s.n),"
+        " CASE WHEN s.reused IS NULL THEN s.correct ELSE o.correct END,"
+        " s.merge_s, s.evaluate_s, s.engine, coalesce(o.failure, s.failure),"
+        " coalesce(s.reused, ''), s.items, s.weights FROM scores s"
+        " LEFT JOIN scores o ON o.model = s.reused AND o.split = s.split"
+        " WHERE s.model = :model AND s.split = :split",
+        model=model,
+        split=split,
+    )
+    return records.Score(*rows[0]) if rows else None
 
   def answers(self, model: str, split: str) -> list[bool]:
     """Which items a model has right, of those that it has answered."""
@@ -886,15 +911,23 @@ def _revision(db: sa.Connection, workdir: pathlib.Path) -> str | None:
   return str(found)
 
 
-def _check_whole(db: sa.Connection, workdir: pathlib.Path):
+def _check_whole(workdir: pathlib.Path):
   """Looks at every page before anything is written.
 
+  By a connection that writes nothing, not even what a killed run left in the
+  log.
+
   Raises:
-    StoreError: if the archive is damaged.
+    StoreError: if the archive is damaged, or of a later version.
   """
-  found = db.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-  if found != "ok":
-    raise _damaged(workdir, found)
+  with contextlib.ExitStack() as stack:
+    connection = _open_to_read(workdir / ARCHIVE, stack)
+    store = stack.enter_context(Store(connection, workdir))
+    if _revision(store._db, workdir) is None:
+      return
+    found = store._db.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    if found != "ok":
+      raise _damaged(workdir, found)
 
 
 def _damaged(workdir, reason) -> StoreError:

@@ -129,7 +129,7 @@ def _read(workdir, top: int) -> _Run:
   with store_lib.Store.read(workdir) as archive:
     config = _config(archive)
     run = reading.read(archive)
-    best = reading.ranked(run.candidates(records.LOOP))[:top]
+    best = run.top(records.LOOP, top)
     if not best:
       raise errors.UserError(f"the run in {workdir} has no scored program")
     return _Run(

@@ -27,6 +27,16 @@ jax.config.update("jax_disable_most_optimizations", True)
 # that Python sees of Ctrl-C here and in what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_addoption(parser):
+  parser.addoption(
+      "--kills",
+      type=int,
+      default=6,
+      help="how often the test of killed runs kills one (6)",
+  )
+
+
 _WITHOUT_VLLM = pytest.StashKey[int]()
 
 

@@ -1,5 +1,6 @@
 """The whole loop on the smoke config, run as a user runs it."""
 
+import os
 import random
 import signal
 import subprocess
@@ -179,33 +180,71 @@ def test_ctrl_c_is_one_line_and_resumable(
   assert "Traceback" not in err
 
 
-@pytest.mark.timeout(560)
+def _kept(workdir):
+  """What an archive has, after every page and key of it was checked."""
+  try:
+    archive = store_lib.Store.read(workdir)
+  except store_lib.StoreError as error:
+    assert "it has no tables" in str(error)
+    return set()
+  with archive as store:
+    assert store.rows("PRAGMA integrity_check") == [("ok",)]
+    assert store.rows("PRAGMA foreign_key_check") == []
+    for model, score in store.scores(records.DEV).items():
+      if score.correct is not None and not score.reused:
+        answers = store.answers(model, records.DEV)
+        assert (len(answers), sum(answers)) == (score.n, score.correct)
+    return {
+        *store.rows("SELECT 'text', arm, iteration, item FROM completions"),
+        *store.rows("SELECT 'verdict', arm, iteration, item FROM verdicts"),
+        *store.rows("SELECT 'answer', model, split, item FROM responses"),
+    }
+
+
+def _cut_power(workdir, rng):
+  """Cuts the log of what is not in the archive's file yet, anywhere."""
+  log = workdir / "archive.sqlite-wal"
+  if log.exists():
+    size = log.stat().st_size
+    # Most of what was not on the disk yet is at the end.
+    os.truncate(log, rng.choice([rng.randint(0, size), max(size - 99, 0)]))
+  (workdir / "archive.sqlite-shm").unlink(missing_ok=True)
+
+
+@pytest.mark.timeout(0)
 def test_killed_at_random_moments_the_result_is_the_same(
-    finished, smoke_cache, tmp_path, start_smoke, finish_smoke
+    finished, smoke_cache, tmp_path, start_smoke, finish_smoke, pytestconfig
 ):
   _, expected, seconds = finished
   seed = random.SystemRandom().randrange(10**6)
   rng = random.Random(seed)
-  workdir = tmp_path / "run"
-  kept, kills = [], 0
-  for _ in range(5):
-    process = start_smoke(workdir, smoke_cache)
-    archive = workdir / "archive.sqlite"
-    while not archive.exists():
-      assert process.poll() is None
-      time.sleep(0.1)
-    try:
-      process.wait(rng.uniform(1, 1 + seconds / 4))
-    except subprocess.TimeoutExpired:
-      process.kill()
-    process.communicate()
-    if process.returncode != -signal.SIGKILL:
-      break  # The loop was over before its time.
-    kills += 1
-    with store_lib.Store.read(workdir) as store:
-      kept.append(len(store.scores(records.DEV)))
-  status, result, err = finish_smoke(start_smoke(workdir, smoke_cache))
-  assert status == 0, err
-  assert result == expected, f"seed {seed}, evaluations at each kill {kept}"
-  assert kills >= 3, f"killed {kills} times only, seed {seed}"
-  assert kept == sorted(kept)  # No finished evaluation was lost.
+  wanted, kills, cuts, runs = pytestconfig.getoption("--kills"), 0, 0, 0
+  while kills < wanted:
+    workdir, runs = tmp_path / f"run{runs}", runs + 1
+    while kills < wanted:
+      process = start_smoke(workdir, smoke_cache)
+      while not (workdir / "archive.sqlite").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+      try:
+        process.wait(rng.uniform(0, seconds / 3))
+      except subprocess.TimeoutExpired:
+        seen = _kept(workdir) if kills % 2 else set()
+        process.kill()
+      process.communicate()
+      if process.returncode != -signal.SIGKILL:
+        break  # The loop was over before its time.
+      kills += 1
+      if kills % 2:
+        before = _kept(workdir) if rng.random() < 0.5 else None
+        _cut_power(workdir, rng)
+        cuts += 1
+        if before is not None:
+          assert _kept(workdir) <= before
+      else:  # Nothing that was written is lost.
+        assert seen <= _kept(workdir), f"seed {seed}"
+    status, result, err = finish_smoke(start_smoke(workdir, smoke_cache))
+    assert status == 0, f"seed {seed}: {err}"
+    assert result == expected, f"seed {seed}, {kills} kills, {cuts} cuts"
+    _kept(workdir)
+  print(f"{kills} kills, {cuts} of them power cuts, in {runs} runs, seed {seed}")

@@ -34,10 +34,9 @@ def upgrade(connection: sa.Connection):
   alembic.command.upgrade(config, "head")
   broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
   if broken is not None:
-    table, row, other, _ = broken
     raise errors.UserError(
-        f"the archive is damaged: row {row} of {table} names what {other} does"
-        " not have"
+        f"the archive is damaged: a row of {broken.table} names what"
+        f" {broken.parent} does not have"
     )
 
 

@@ -31,21 +31,20 @@ def checksum(params: Params) -> str:
     params: any tree of arrays, of JAX or what `np.asarray` takes, with
       elements of 1, 2, 4 or 8 bytes.
   """
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  lanes = jax.device_get([_lanes(_on_device(leaf)) for _, leaf in leaves])
   table = [
       [
           jax.tree_util.keystr(path, simple=True, separator="/"),
           np.dtype(leaf.dtype).name,
           list(leaf.shape),
-          sums.tolist(),
+          # Waited for: one leaf of the host's at a time is on the device.
+          np.asarray(_lanes(_for_device(leaf))).tolist(),
       ]
-      for (path, leaf), sums in zip(leaves, lanes, strict=True)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   ]
   return hashlib.sha256(json.dumps(table).encode()).hexdigest()[:32]
 
 
-def _on_device(leaf) -> jax.Array | np.ndarray:
+def _for_device(leaf) -> jax.Array | np.ndarray:
   """A leaf that JAX takes as it is; it would round float64 to float32."""
   if isinstance(leaf, jax.Array):
     return leaf

@@ -7,7 +7,6 @@ for a screen and one for a telephone.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import io
-import itertools
 import re
 import textwrap
 
@@ -74,9 +73,16 @@ _STYLE = {
     "ytick.left": False,
     "lines.solid_capstyle": "round",
 }
-_LINE_HEIGHT = 15  # CSS pixels from one label to the next.
+_LINE_HEIGHT = 16  # CSS pixels from one label to the next.
 # Hash steps that fill an interval evenly: dots of a strip do not line up.
 _GOLDEN = 0.6180339887
+_MOST_DOTS = 400  # Of a strip, and
+_ALL_DOTS = 2000  # of a figure.
+# The axis of the best so far begins where curves are after this share of it:
+# from there on it is small steps that matter.
+_SETTLED = 0.05
+_MOST_STEPS = 500  # A round of DPO that had more shows every so many.
+_STRIP_LABEL = 44  # CSS pixels that "both arms" takes.
 
 
 def distribution(
@@ -84,26 +90,36 @@ def distribution(
     seed: float | None,
     width: int,
 ) -> str:
-  """Development accuracy of every new program, by iteration and arm."""
+  """Development accuracy of every new program, by iteration and arm.
+
+  A strip of more programs than `most_dots` shows as many of their quantiles,
+  both ends included.
+  """
   groups = list(_groups(arms))
+  most = most_dots(arms)
   with matplotlib.rc_context(_STYLE):
     figure, axes = _canvas(width, 330, left=44, bottom=64, right=44)
+    iterations = sorted({t for _, _, _, t, _ in groups})
+    is_dense = width - 88 < _STRIP_LABEL * 2 * len(iterations)
     for x, _, role, _, accuracies in groups:
-      _strip(axes, x, 100 * np.asarray(accuracies), _ROLES[role])
+      values = 100 * np.asarray(accuracies)
+      _strip(axes, x, values, _ROLES[role], not is_dense, most)
+    ticks = [] if is_dense else groups
     axes.set_xticks(
-        [x for x, *_ in groups],
-        [f"{name}\nn={len(a)}" for _, name, _, _, a in groups],
+        [x for x, *_ in ticks],
+        [f"{name}\nn={len(a):,}" for _, name, _, _, a in ticks],
     )
     for tick, (_, _, role, _, _) in zip(
-        axes.get_xticklabels(), groups, strict=True
+        axes.get_xticklabels(), ticks, strict=True
     ):
       tick.set_color(_ROLES[role])
-    iterations = sorted({t for _, _, _, t, _ in groups})
-    for t in iterations:
+    # Names of iterations are left out where they would run into each other.
+    every = -(-len(iterations) * 24 // (width - 88))
+    for t in iterations[::every]:
       axes.annotate(
-          f"iteration {t}",
+          f"{t}" if is_dense else f"iteration {t}",
           (t, 0),
-          xytext=(0, -58),
+          xytext=(0, -22 if is_dense else -58),
           xycoords=("data", "axes fraction"),
           textcoords="offset points",
           ha="center",
@@ -118,12 +134,18 @@ def distribution(
     return _svg(figure, f"distribution{width}")
 
 
+def most_dots(arms: Mapping[str, Sequence[reading.Round]]) -> int:
+  """How many dots a strip of `distribution` may have."""
+  strips = len(list(_groups(arms)))
+  return min(_MOST_DOTS, _ALL_DOTS // max(strips, 1))
+
+
 def _groups(arms):
   """(x, name, role, iteration, accuracies) of each strip."""
   for arm, rounds in arms.items():
     for r in rounds:
       shared = r.iteration == 1
-      if not r.accuracies or (shared and arm == records.CONTROL):
+      if not len(r.accuracies) or (shared and arm == records.CONTROL):
         continue
       offset = 0 if shared else -0.22 if arm == records.LOOP else 0.22
       name = "both arms" if shared else arm
@@ -131,29 +153,33 @@ def _groups(arms):
       yield r.iteration + offset, name, role, r.iteration, r.accuracies
 
 
-def _strip(axes, x, values, color):
-  """Every value as a dot, quartiles as a box, the mean as a labelled bar."""
-  jitter = (np.arange(len(values)) * _GOLDEN) % 1 - 0.5
-  axes.scatter(x + 0.26 * jitter, values, s=14, c=color, alpha=0.32, lw=0)
+def _strip(axes, x, values, color, is_named, most):
+  """Values as dots, quartiles as a box, the mean as a labelled bar."""
+  dots = values
+  if len(values) > most:
+    dots = np.quantile(values, np.linspace(0, 1, most))
+  jitter = (np.arange(len(dots)) * _GOLDEN) % 1 - 0.5
+  axes.scatter(x + 0.26 * jitter, dots, s=14, c=color, alpha=0.32, lw=0)
   low, high = np.quantile(values, [0.25, 0.75])
   axes.fill_between(
       [x - 0.16, x + 0.16], low, high, color=color, alpha=0.14, lw=0
   )
   mean = values.mean()
   axes.plot([x - 0.16, x + 0.16], [mean, mean], color=color, lw=2.5)
-  axes.annotate(
-      f"{mean:.1f}",
-      (x, mean),
-      xytext=(0, 4),
-      textcoords="offset points",
-      ha="center",
-      color=color,
-      weight="bold",
-  )
+  if is_named:
+    axes.annotate(
+        f"{mean:.1f}",
+        (x, mean),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="center",
+        color=color,
+        weight="bold",
+    )
 
 
 def progress(
-    curves: Mapping[str, Sequence[float | None]],
+    curves: Mapping[str, reading.Curve],
     boundaries: Sequence[int],
     seed: float | None,
     width: int,
@@ -161,43 +187,82 @@ def progress(
   """Best development accuracy so far against evaluations.
 
   Args:
-    curves: name to accuracies in order of evaluation; None has none, or was
-      stopped by a race.
+    curves: of each way to spend the budget, by name.
     boundaries: evaluations of the loop at which an iteration ends.
     seed: the seed model's development accuracy.
     width: in CSS pixels.
   """
+  counted = {
+      name: (curve.evaluations, curve.evaluated, curve.best)
+      for name, curve in curves.items()
+  }
+  return _best_so_far(
+      counted, boundaries, seed, width, "models evaluated", "progress"
+  )
+
+
+def hours(
+    curves: Mapping[str, reading.Curve],
+    seed: float | None,
+    width: int,
+) -> str:
+  """Best development accuracy so far against hours of work.
+
+  Args:
+    curves: as in `progress`, of which the hours are known.
+    seed: the seed model's development accuracy.
+    width: in CSS pixels.
+  """
+  longest = max(curve.total_hours for curve in curves.values())
+  unit, factor = ("hours", 1) if longest >= 1.5 else ("minutes", 60)
+  timed = {
+      name: (factor * curve.hours, factor * curve.total_hours, curve.best)
+      for name, curve in curves.items()
+  }
+  return _best_so_far(timed, (), seed, width, f"{unit} of work", "hours")
+
+
+def _best_so_far(curves, boundaries, seed, width, label, name):
   with matplotlib.rc_context(_STYLE):
-    figure, axes = _canvas(width, 340, left=44, bottom=44, right=146, top=24)
+    figure, axes = _canvas(width, 340, left=44, bottom=44, right=154, top=24)
     ends = {}
-    for name, accuracies in curves.items():
-      values = [-1.0 if a is None else a for a in accuracies]
-      best = np.asarray(list(itertools.accumulate(values, max)))
-      count = np.arange(1, len(best) + 1)
-      seen = best >= 0
-      if not seen.any():
-        continue
+    limit = max(end for _, end, _ in curves.values()) or 1
+    lows = [] if seed is None else [100 * seed]
+    for curve, (x, end, best) in curves.items():
+      # The corners, and on to the end.
+      x, best = np.append(x, end), 100 * np.append(best, best[-1])
+      settled = np.searchsorted(x, _SETTLED * limit, "right") - 1
+      lows.append(best[max(settled, 0)])
       axes.plot(
-          count[seen],
-          100 * best[seen],
+          x,
+          best,
           drawstyle="steps-post",
-          color=_ROLES[name],
-          lw=2.4 if name == records.LOOP else 1.6,
-          zorder=3 if name == records.LOOP else 2,
-          ls=_DASHES.get(name, "-"),
+          color=_ROLES[curve],
+          lw=2.4 if curve == records.LOOP else 1.6,
+          zorder=3 if curve == records.LOOP else 2,
+          ls=_DASHES.get(curve, "-"),
+          marker="o" if x[0] == end else None,
       )
-      label = f"{words.label(name)} {100 * best[-1]:.1f}"
-      ends[label] = (100 * best[-1], _ROLES[name])
-    _mark_iterations(axes, boundaries)
+      ends[f"{words.label(curve)} {best[-1]:.1f}"] = (best[-1], _ROLES[curve])
+    _mark_iterations(axes, boundaries, width)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("models evaluated")
-    axes.set_xlim(0, max(map(len, curves.values())))
+    axes.set_xlabel(label)
+    axes.set_xlim(0, limit)
+    if ends:
+      low, high = min(lows), max(y for y, _ in ends.values())
+      room = max(0.08 * (high - low), 1.0)
+      axes.set_ylim(max(low - room, -room), high + room)
     axes.xaxis.set_major_locator(
-        matplotlib.ticker.MaxNLocator(4 if width < WIDE else 8, integer=True)
+        matplotlib.ticker.MaxNLocator(
+            4 if width < WIDE else 8, integer=name == "progress"
+        )
+    )
+    axes.xaxis.set_major_formatter(
+        matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,g}")
     )
     _percent_axis(axes)
     _end_labels(axes, ends | _seed_line(axes, seed, "seed model "))
-    return _svg(figure, f"progress{width}")
+    return _svg(figure, f"{name}{width}")
 
 
 # Lines differ in more than colour.
@@ -209,18 +274,20 @@ _DASHES = {
 }
 
 
-def _mark_iterations(axes, boundaries):
+def _mark_iterations(axes, boundaries, width):
   start = 0
+  every = -(-len(boundaries) * 40 // (width - 198))
   for t, end in enumerate(boundaries, start=1):
-    axes.annotate(
-        f"t = {t}",
-        ((start + end) / 2, 1),
-        xytext=(0, 6),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="center",
-        color=_ROLES["muted"],
-    )
+    if (t - 1) % every == 0:
+      axes.annotate(
+          f"t = {t}",
+          ((start + end) / 2, 1),
+          xytext=(0, 6),
+          xycoords=("data", "axes fraction"),
+          textcoords="offset points",
+          ha="center",
+          color=_ROLES["muted"],
+      )
     if t < len(boundaries):
       axes.axvline(end, color=_ROLES["line"], lw=0.8)
     start = end
@@ -263,7 +330,6 @@ def bars(
             xytext=(5, 0),
             textcoords="offset points",
             va="center_baseline",
-            fontsize=11,
             color=_ROLES["ink" if split == "test" else "muted"],
         )
     axes.set_yticks(
@@ -332,7 +398,7 @@ def _dpo_panel(axes, steps, metric):
     ]
     if not found:
       continue
-    x, y = np.asarray(found, np.float64).T
+    x, y = np.asarray(found, np.float64)[:: -(-len(found) // _MOST_STEPS)].T
     window = max(1, len(y) // 10)
     smooth = np.convolve(y, np.ones(window) / window, "valid")
     color = _ROLES[records.LOOP]
@@ -401,7 +467,6 @@ def _end_labels(axes, ends):
         va="center_baseline",
         color=color,
         annotation_clip=False,
-        fontsize=11,
     )
 
 
@@ -458,8 +523,23 @@ def _svg(figure, name):
   head = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
   text = f'{head} aria-hidden="true">{rest}'.replace("xlink:href", "href")
   text = re.sub(r"'DejaVu Sans'(, sans-serif)?", "var(--sans)", text)
+  # A hundredth of a pixel is as good as a millionth; labels stay as they are.
+  text = re.sub(
+      "<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text
+  )
+  text = re.sub(r"<g([^>]*)>\s*((?:<use [^>]*/>\s*)+)</g>", _shared_style, text)
   for role, color in _ROLES.items():
     text = text.replace(color, f"var(--{role.replace('_', '-')})")
   text = re.sub(r'\bid="', f'id="{name}-', text)
   text = re.sub(r'(href="|url\()#', rf"\g<1>#{name}-", text)
   return text.strip()
+
+
+def _shared_style(group):
+  """A group of marks with the style that all have in common said once."""
+  attributes, marks = group.groups()
+  styles = set(re.findall(r' style="[^"]*"', marks))
+  if len(styles) != 1 or "style=" in attributes:
+    return group[0]
+  (style,) = styles
+  return f"<g{attributes}{style}>{marks.replace(style, '')}</g>"

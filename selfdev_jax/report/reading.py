@@ -1,6 +1,9 @@
-"""From the rows of an archive to what the two arms and the baselines did."""
+"""From the rows of an archive to what the two arms and the baselines did.
 
-from collections.abc import Iterable
+An archive may hold hundreds of thousands of scores: SQL counts and ranks them,
+and only what is shown becomes a record.
+"""
+
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -11,24 +14,86 @@ import numpy as np
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
 
+# Development scores as they are by now: one that was taken from another model
+# is that one's.
+_NOW = """
+now AS (
+  SELECT s.rowid AS place, s.model, s.items, s.at,
+    coalesce(o.n, s.n) AS n,
+    CASE WHEN s.reused IS NULL THEN s.correct ELSE o.correct END AS correct
+  FROM scores s
+  LEFT JOIN scores o ON o.model = s.reused AND o.split = s.split
+  WHERE s.split = 'dev'
+)
+"""
+# What an arm evaluated, in its own order. Same factory, same keys: the first
+# iteration is stored once, for both.
+_EVALUATED = f"""
+WITH {_NOW}, evaluated AS (
+  SELECT arms.arm, iteration, position, now.*
+  FROM (SELECT 'loop' AS arm UNION ALL SELECT 'control') arms
+  JOIN candidates ON candidates.arm
+    = CASE iteration WHEN 1 THEN 'loop' ELSE arms.arm END
+  JOIN now ON now.model = 'program:' || digest
+)
+"""
 _COUNTS = """
-SELECT arm, iteration, count(*) AS sampled FROM completions
-GROUP BY arm, iteration
+SELECT arm, iteration, count(*) FROM completions GROUP BY arm, iteration
 """
 # A score without a count of right answers has no merged model.
-_ADMITTED = """
-SELECT verdicts.arm, verdicts.iteration, count(*) AS admitted,
-  count(DISTINCT digest) AS distinct_
-FROM verdicts
-LEFT JOIN scores ON scores.program = digest AND split = 'dev'
-WHERE digest IS NOT NULL AND (model IS NULL OR correct IS NOT NULL)
-GROUP BY verdicts.arm, verdicts.iteration
+_ADMITTED = f"""
+WITH {_NOW}, broken AS (
+  SELECT substr(model, 9) AS digest FROM now
+  WHERE correct IS NULL AND model LIKE 'program:%'
+)
+SELECT arm, iteration, count(*), count(DISTINCT digest) FROM verdicts
+WHERE digest IS NOT NULL AND digest NOT IN (SELECT digest FROM broken)
+GROUP BY arm, iteration
+"""
+_ACCURACIES = f"""
+{_EVALUATED}
+SELECT arm, iteration, correct * 1.0 / n AS accuracy, n = items AS is_whole,
+  count(*) AS count
+FROM evaluated GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3
+"""
+_TOP = f"""
+{_EVALUATED}
+SELECT model FROM evaluated
+WHERE arm = :arm AND n = items AND correct IS NOT NULL
+ORDER BY correct * 1.0 / n DESC, iteration, position LIMIT :count
 """
 _FOUND = """
 SELECT arm, iteration, item, source, digest FROM verdicts
 WHERE digest = :digest AND arm = :arm ORDER BY iteration, item LIMIT 1
 """
-_TIMES = "SELECT model, at FROM scores WHERE split = :split"
+_FAMILY = f"""
+WITH {_NOW}
+SELECT model FROM now WHERE model >= :name || ':' AND model < :name || ';'
+"""
+_BEST_OF_FAMILY = f"""
+{_FAMILY} AND n = items AND correct IS NOT NULL
+ORDER BY correct * 1.0 / n DESC, place LIMIT 1
+"""
+# Where the best so far rises, and when all until there was done.
+_RISES = """
+SELECT place, best, latest FROM (
+  SELECT place, latest, best, lag(best) OVER (ORDER BY place) AS before FROM (
+    SELECT place, max(accuracy) OVER upto AS best, max(at) OVER upto AS latest
+    FROM placed WINDOW upto AS (ORDER BY place)))
+WHERE best > coalesce(before, -1)
+"""
+_WHOLE = "CASE WHEN n = items THEN correct * 1.0 / n END AS accuracy, at"
+_ARM_RISES = f"""
+{_EVALUATED}, placed AS (
+  SELECT row_number() OVER (ORDER BY iteration, position) AS place, {_WHOLE}
+  FROM evaluated WHERE arm = :name)
+"""
+_FAMILY_RISES = f"""
+WITH {_NOW}, placed AS (
+  SELECT row_number() OVER (ORDER BY place) AS place, {_WHOLE}
+  FROM now WHERE model >= :name || ':' AND model < :name || ';')
+"""
+_EXTENT = "SELECT count(*), count(at), max(at) FROM placed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +105,41 @@ class Round:
     sampled: completions of the factory.
     admitted: of these, with a merged model.
     distinct: programs among them.
-    scores: on the development set, of the programs that were new to the arm
-      and within the budget of evaluations, in order of item.
+    evaluated: programs that were new to the arm, within its budget, that have
+      a development score or turned out to have no merged model.
+    accuracies: [n] float64, ascending; of those with a merged model, on what
+      they were asked.
+    best: the highest of those that were asked everything.
   """
 
   iteration: int
   sampled: int
   admitted: int
   distinct: int
-  scores: tuple[records.Score, ...]
+  evaluated: int
+  accuracies: np.ndarray
+  best: float | None
 
-  @property
-  def accuracies(self) -> list[float]:
-    """Of the new programs on what they were asked; failed ones have none."""
-    return [s.accuracy for s in self.scores if s.accuracy is not None]
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """The best development accuracy so far, where it rises.
+
+  Models that have none, or that a race stopped, count as evaluated.
+
+  Attributes:
+    evaluations: [k] models evaluated until then.
+    hours: [k] hours of work until then; None in archives that do not know.
+    best: [k] accuracy.
+    evaluated: models in all.
+    total_hours: of work in all; None likewise.
+  """
+
+  evaluations: np.ndarray
+  hours: np.ndarray | None
+  best: np.ndarray
+  evaluated: int
+  total_hours: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,112 +150,114 @@ class Run:
     store: the archive; open as long as this is used.
     config: flat keys to values.
     sessions: versions and hardware, one entry for each start of the run.
-    dev: scores on the development set, in the order they were written.
-    test: likewise on the test set.
     arms: the rounds of the loop and of its control; both begin with the same.
-    hours: of each arm and each baseline's family, one for each of its scores
-      in order: hours of its work until the score was done. None in archives
-      that do not know.
+    curves: of each arm and each family of baselines that has scores.
   """
 
   store: store_lib.Store
   config: Mapping[str, Any]
   sessions: Sequence[Mapping[str, Any]]
-  dev: Mapping[str, records.Score]
-  test: Mapping[str, records.Score]
   arms: Mapping[str, tuple[Round, ...]]
-  hours: Mapping[str, Sequence[float] | None]
+  curves: Mapping[str, Curve]
 
-  def candidates(self, arm: str) -> list[records.Score]:
-    """Development scores of an arm's programs, in the arm's own order.
+  def top(self, arm: str, count: int) -> list[records.Score]:
+    """An arm's best programs by development score alone, ties to the earlier.
 
-    Not in the order of the archive: what the other arm wrote too may have
-    been scored there first.
+    Earlier in the arm's own order: what the other arm wrote too may have been
+    scored there first.
     """
-    return [s for r in self.arms[arm] for s in r.scores]
+    rows = self.store.rows(_TOP, arm=arm, count=count)
+    return [self.store.score(model, records.DEV) for (model,) in rows]
 
-  def family(self, name: str) -> list[records.Score]:
-    return _family(self.dev, name)
+  def family(self, name: str) -> list[str]:
+    """Models of a family of baselines with a development score, in order."""
+    rows = self.store.rows(f"{_FAMILY} ORDER BY place", name=name)
+    return [model for (model,) in rows]
 
-  def top(self) -> list[records.Score]:
-    """The loop's best programs by development score alone."""
-    return ranked(self.candidates(records.LOOP))[: self.config["top_k"]]
+  def best_of(self, family: str) -> records.Score | None:
+    rows = self.store.rows(_BEST_OF_FAMILY, name=family)
+    return self.store.score(rows[0][0], records.DEV) if rows else None
 
   def found(self, model: str) -> records.Verdict:
     """The loop's first completion that gave the program `model`."""
-    (row,) = self.store.rows(_FOUND, digest=digest_of(model), arm=records.LOOP)
+    digest = digest_of(model)
+    (row,) = self.store.rows(_FOUND, digest=digest, arm=records.LOOP)
     return records.Verdict(*row)
 
 
 def read(store: store_lib.Store) -> Run:
   """Reads a finished, running or broken-off run."""
   config = store.meta("config")
-  dev = store.scores(records.DEV)
-  steps = range(1, config["iterations"] + 1)
-  # Same factory, same keys: the first iteration is stored once, for both.
-  keys = {
-      records.LOOP: [(records.LOOP, t) for t in steps],
-      records.CONTROL: [
-          (records.LOOP if t == 1 else records.CONTROL, t) for t in steps
-      ],
+  sampled = {(arm, t): n for arm, t, n in store.rows(_COUNTS)}
+  admitted = {(arm, t): counts for arm, t, *counts in store.rows(_ADMITTED)}
+  groups = {}
+  for row in store.rows(_ACCURACIES):
+    groups.setdefault((row.arm, row.iteration), []).append(row)
+  arms = {arm: [] for arm in records.ARMS}
+  for arm, rounds in arms.items():
+    for t in range(1, config["iterations"] + 1):
+      source = (records.LOOP if t == 1 else arm), t
+      if source in sampled:
+        counts = sampled[source], *admitted.get(source, (0, 0))
+        rounds.append(_round(t, counts, groups.get((arm, t), ())))
+  activities = store.activities()
+  curves = {
+      name: _curve(store, name, activities)
+      for name in (*records.ARMS, *records.SWEEPS)
   }
-  sampled = {(a, t): n for a, t, n in store.rows(_COUNTS)}
-  admitted = {(a, t): counts for a, t, *counts in store.rows(_ADMITTED)}
-  arms = {
-      arm: tuple(
-          Round(
-              t,
-              sampled[source, t],
-              *admitted.get((source, t), (0, 0)),
-              tuple(
-                  dev[records.PROGRAM + digest]
-                  for digest in store.candidates(source, t)
-                  if records.PROGRAM + digest in dev
-              ),
-          )
-          for source, t in rounds
-          if (source, t) in sampled
-      )
-      for arm, rounds in keys.items()
-  }
-  scored = {
-      arm: [score for r in rounds for score in r.scores]
-      for arm, rounds in arms.items()
-  } | {name: _family(dev, name) for name in records.SWEEPS}
   return Run(
       store=store,
       config=config,
       sessions=store.sessions(),
-      dev=dev,
-      test=store.scores(records.TEST),
-      arms=arms,
-      hours=_hours(store, scored),
+      arms={arm: tuple(rounds) for arm, rounds in arms.items()},
+      curves={name: curve for name, curve in curves.items() if curve.evaluated},
   )
 
 
-def _family(dev, name):
-  return [
-      score for model, score in dev.items() if model.partition(":")[0] == name
-  ]
+def digest_of(model: str) -> str:
+  return model.removeprefix(records.PROGRAM)
 
 
-def _hours(store, scored):
-  """See `Run.hours`."""
-  times = dict(map(tuple, store.rows(_TIMES, split=records.DEV)))
-  activities = store.activities()
-  hours = {}
-  for name, scores in scored.items():
-    own = [a for a in activities if _is_work_of(name, a)]
-    at = [times[score.model] for score in scores]
-    if None in at or any(a.started is None for a in own):
-      hours[name] = None
-      continue
-    at, spent = np.asarray(at, np.float64), np.zeros(len(at))
-    for a in own:
-      spent += np.clip(at - a.started, 0, a.seconds)
-    # What the other arm had found before is had at no cost, not in the past.
-    hours[name] = np.maximum.accumulate(spent / 3600).tolist()
-  return hours
+def _round(t, counts, groups):
+  known = [row for row in groups if row.accuracy is not None]
+  return Round(
+      t,
+      *counts,
+      evaluated=sum(row.count for row in groups),
+      accuracies=np.repeat(
+          np.array([row.accuracy for row in known], np.float64),
+          [row.count for row in known],
+      ),
+      best=max((row.accuracy for row in known if row.is_whole), default=None),
+  )
+
+
+def _curve(store, name, activities):
+  placed = _ARM_RISES if name in records.ARMS else _FAMILY_RISES
+  ((evaluated, timed, last),) = store.rows(placed + _EXTENT, name=name)
+  rises = store.rows(placed + _RISES, name=name)
+  evaluations, best, latest = zip(*rises, strict=True) if rises else ((),) * 3
+  own = [a for a in activities if _is_work_of(name, a)]
+  hours = total_hours = None
+  if timed == evaluated and all(a.started is not None for a in own):
+    *hours, total_hours = _hours(own, [*latest, last or 0.0])
+    hours = np.array(hours)
+  return Curve(
+      np.array(evaluations, np.int64),
+      hours,
+      np.array(best, np.float64),
+      evaluated,
+      total_hours,
+  )
+
+
+def _hours(activities, times):
+  """[n] hours of an arm's work until each of the Unix times."""
+  times = np.asarray(times, np.float64)
+  spent = np.zeros(len(times))
+  for a in activities:
+    spent += np.clip(times - a.started, 0, a.seconds)
+  return spent / 3600
 
 
 def _is_work_of(name: str, activity: records.Activity) -> bool:
@@ -182,17 +270,3 @@ def _is_work_of(name: str, activity: records.Activity) -> bool:
     return True
   # The control's first iteration is the loop's, but for its refinement.
   return activity.iteration == 1 and activity.stage != "refine"
-
-
-def digest_of(model: str) -> str:
-  return model.removeprefix(records.PROGRAM)
-
-
-def ranked(scores: Iterable[records.Score]) -> list[records.Score]:
-  """Best first, ties in the given order, of those with all answers."""
-  known = [s for s in scores if s.complete and s.accuracy is not None]
-  return sorted(known, key=lambda s: -s.accuracy)
-
-
-def best(scores: Iterable[records.Score]) -> records.Score | None:
-  return next(iter(ranked(scores)), None)

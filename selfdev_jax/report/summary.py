@@ -42,31 +42,32 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
     programs took over from others with the same fingerprint and would have
     cost at most, and "search_over", whether that is all.
   """
-  run = reading.read(store)
-  candidates = run.candidates(records.LOOP)
-  best = reading.best(candidates)
+  return of(reading.read(store))
+
+
+def of(run: reading.Run) -> dict[str, Any]:
+  """`summarize` of an archive that was read already."""
+  store = run.store
+  best = next(iter(run.top(records.LOOP, 1)), None)
   chosen = _chosen(run)
   loop, control = run.arms[records.LOOP], run.arms[records.CONTROL]
   return {
       "config": run.config["name"],
       "seed_model": {
-          split: _accuracy(scores.get("seed"))
-          for split, scores in (
-              (records.DEV, run.dev),
-              (records.TEST, run.test),
-          )
+          split: _accuracy(store.score("seed", split))
+          for split in (records.DEV, records.TEST)
       },
       "iterations": [_iteration(r) for r in loop],
       "control": [_iteration(r) for r in control],
       "baselines": {
-          name: {"model": score.model, "evaluated": n} | _scores(run, score)
+          name: {"model": score.model, "evaluated": n} | _scores(store, score)
           for name, (score, n) in chosen.items()
       },
       "best": {
           "program_id": best and reading.digest_of(best.model),
-          "evaluated": len(candidates),
+          "evaluated": sum(r.evaluated for r in loop),
       }
-      | _scores(run, best),
+      | _scores(store, best),
       "paired": {
           name: comparison
           for name, (score, _) in chosen.items()
@@ -76,22 +77,27 @@ def summarize(store: store_lib.Store) -> dict[str, Any]:
       "sampled_by": store.engines(),
       "truncated": {s: store.truncated(s) for s in (records.DEV, records.TEST)},
       "troubles": {s: store.troubles(s) for s in (records.DEV, records.TEST)},
-      "answers": _answers(
-          run, store.is_done(records.LOOP, 0, store_lib.SEARCH)
-      ),
+      "answers": _answers(store),
       "seconds": seconds(store),
   }
 
 
-def _answers(run, is_over):
-  merged = [s for s in run.dev.values() if s.correct is not None]
-  own = [s for s in merged if not s.reused]
-  return {
-      "asked": sum(s.n for s in own),
-      "without_race": sum(s.items for s in own),
-      "reused": sum(s.items for s in merged if s.reused),
-      "search_over": is_over,
-  }
+# A score that was taken from another model has a merged model if that has.
+_ANSWERS = """
+SELECT
+  coalesce(sum(CASE WHEN s.reused IS NULL THEN s.n END), 0) AS asked,
+  coalesce(sum(CASE WHEN s.reused IS NULL THEN s.items END), 0) AS without_race,
+  coalesce(sum(CASE WHEN s.reused IS NOT NULL THEN s.items END), 0) AS reused
+FROM scores s LEFT JOIN scores o ON o.model = s.reused AND o.split = s.split
+WHERE s.split = 'dev'
+  AND CASE WHEN s.reused IS NULL THEN s.correct ELSE o.correct END IS NOT NULL
+"""
+
+
+def _answers(store):
+  (row,) = store.rows(_ANSWERS)
+  is_over = store.is_done(records.LOOP, 0, store_lib.SEARCH)
+  return {**row._mapping, "search_over": is_over}
 
 
 def seconds(store: store_lib.Store) -> dict[str, float]:
@@ -124,14 +130,21 @@ def iteration_rows(
 
 def _chosen(run):
   """{baseline: (its best score on the development set, how many it tried)}."""
-  groups = {"control": run.candidates(records.CONTROL)}
-  groups |= {name: run.family(key) for key, name in _BASELINES.items()}
-  groups["seed"] = run.family("seed")
-  groups |= {s.model: [s] for s in run.family("expert")}
+  found = {
+      "control": (
+          next(iter(run.top(records.CONTROL, 1)), None),
+          sum(r.evaluated for r in run.arms[records.CONTROL]),
+      )
+  }
+  for family, name in _BASELINES.items():
+    curve = run.curves.get(family)
+    found[name] = run.best_of(family), curve and curve.evaluated
+  for model in ("seed", *run.family("expert")):
+    found[model] = run.store.score(model, records.DEV), 1
   return {
-      name: (score, len(scores))
-      for name, scores in groups.items()
-      if (score := reading.best(scores))
+      name: (score, tried)
+      for name, (score, tried) in found.items()
+      if score and score.accuracy is not None
   }
 
 
@@ -139,9 +152,9 @@ def _accuracy(score):
   return score and score.accuracy
 
 
-def _scores(run, dev):
+def _scores(store, dev):
   """Both scores of the model whose development score is `dev`."""
-  test = dev and run.test.get(dev.model)
+  test = dev and store.score(dev.model, records.TEST)
   return {
       "dev": _accuracy(dev),
       "test": _accuracy(test),
@@ -158,16 +171,16 @@ def _interval(score):
 
 
 def _iteration(r):
-  accuracies = r.accuracies
+  accuracies = r.accuracies.tolist()
   return {
       "t": r.iteration,
       "sampled": r.sampled,
       "admitted": r.admitted,
       "distinct": r.distinct,
-      "evaluated": len(r.scores),
+      "evaluated": r.evaluated,
       "mean_dev": statistics.fmean(accuracies) if accuracies else None,
       "median_dev": statistics.median(accuracies) if accuracies else None,
-      "best_dev": _accuracy(reading.best(r.scores)),
+      "best_dev": r.best,
   }
 
 
@@ -199,17 +212,19 @@ def _paired(store, first, second):
 def _lift(loop, control):
   """Mean of the loop's new programs minus the control's, each iteration."""
   theirs = {r.iteration: r.accuracies for r in control}
-  return [
-      {
-          "t": r.iteration,
-          "difference": statistics.fmean(ours) - statistics.fmean(others),
-          "ci95": list(intervals.mean_difference(ours, others)),
-          "n_loop": len(ours),
-          "n_control": len(others),
-      }
-      for r in loop
-      # The first iteration is the same in both by construction.
-      if r.iteration > 1
-      and (ours := r.accuracies)
-      and (others := theirs.get(r.iteration))
-  ]
+  lifts = []
+  for r in loop:
+    ours, others = r.accuracies, theirs.get(r.iteration, r.accuracies[:0])
+    # The first iteration is the same in both by construction.
+    if r.iteration > 1 and len(ours) and len(others):
+      mean = lambda values: statistics.fmean(values.tolist())
+      lifts.append(
+          {
+              "t": r.iteration,
+              "difference": mean(ours) - mean(others),
+              "ci95": list(intervals.mean_difference(ours, others)),
+              "n_loop": len(ours),
+              "n_control": len(others),
+          }
+      )
+  return lifts

@@ -15,12 +15,24 @@ _LABELS = {
 }
 
 
+_STAGES = {
+    "weights": "random weights",
+    "search": "end of search",
+    "best": "test",
+}
+
+
 def label(name: str) -> str:
   """A baseline's name for people; an expert's loses its path or `tiny:`."""
   kind, _, rest = name.partition(":")
   if kind == "expert":
     return f"expert {re.split('[/:]', rest.rstrip('/'))[-1]}"
   return _LABELS.get(name, name)
+
+
+def stage(name: str) -> str:
+  """A stage's name for people."""
+  return _STAGES.get(name, label(name))
 
 
 def percent(fraction: float | None) -> str:
@@ -48,6 +60,14 @@ def duration(seconds: float) -> str:
   if seconds < 90 * 60:
     return f"{seconds / 60:.1f} min"
   return f"{seconds / 3600:.1f} h"
+
+
+def rate(units: int, seconds: float, unit: str) -> str:
+  """Throughput: "1,248 programs an hour"."""
+  each, per_s = f"{unit or 'unit'}s", units / seconds
+  if per_s >= 10:
+    return f"{per_s:,.0f} {each} a second"
+  return f"{3600 * per_s:,.0f} {each} an hour"
 
 
 def sampling(summary: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pytest
 _ROOT = pathlib.Path(__file__).parents[2]
 
 _RAISES = """
-import errno, sqlite3
+import errno
 from launch import app
 from selfdev_jax import errors
 
@@ -39,12 +39,6 @@ def _run(*command):
             "KeyboardInterrupt()",
             130,
             "interrupted; nothing is lost, run the same command again",
-        ),
-        (
-            "sqlite3.OperationalError('database or disk is full')",
-            2,
-            "error: the disk is full (database or disk is full); make room,"
-            " the same command resumes",
         ),
         (
             "OSError(errno.ENOSPC, 'No space left on device')",

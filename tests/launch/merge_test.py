@@ -1,5 +1,6 @@
 """Recipes as mergekit merges them, programs, and one line for what is wrong."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -15,12 +16,15 @@ import pytest
 import tokenizers as tokenizers_lib
 import transformers
 
+from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import merging
 from selfdev_jax import models
 from selfdev_jax import sandbox
 from selfdev_jax.merging import calibration
+from selfdev_jax.merging import stream
+from selfdev_jax.sandbox import runner
 from selfdev_jax.sandbox import trace
 from selfdev_jax.sandbox import verify
 
@@ -387,6 +391,69 @@ def test_programs_that_are_refused(refuses, trusted, tmp_path):
   refuses("directory /nowhere/x does", **flags | {"experts": "a,/nowhere/x"})
   path.write_text(_PROGRAM)
   refuses("^a is given twice among", **flags | {"experts": "a,a"})
+
+
+@pytest.fixture
+def merges_here(monkeypatch):
+  """A program in JSON is merged in this process: another costs seconds."""
+
+  def start(seed, directory, experts, scope, timeout_s):
+    del directory, timeout_s
+    trees = {name: convert.load(path)[1] for name, path in experts.items()}
+    return contextlib.nullcontext(runner.Merges(seed, trees, scope))
+
+  monkeypatch.setattr(runner, "Runner", start)
+
+
+def _in_json(path, scope, source=_PROGRAM):
+  shapes = stream.program_shapes("base", scope)
+  traced = trace.trace(source, shapes, 2, 5000)
+  limits = config_lib.Sandbox()
+  path.write_text(verify.verify(traced, limits, shapes, 2).program)
+  return path
+
+
+def test_a_program_in_json_is_applied(launch, merges_here, place, tmp_path):
+  flags = {"base": "base", "experts": "a,b", "out": place / "out"}
+  path = _in_json(tmp_path / "p.json", "mlp")
+  said = launch(program=path, **flags)
+  _assert_merged(place, _in_mlp)
+  (found,) = _params(place / "out")
+  assert said.startswith(f"weights {models.checksum(found)}\n")
+  assert "mistral, 2 layers" in said
+  assert "# Program IR of p.json" in (place / "out" / "README.md").read_text()
+  assert (place / "out" / "tokenizer.json").exists()
+  path = _in_json(tmp_path / "p.json", "all")
+  launch(program=path, **flags, scope="all", overwrite=True)
+  _assert_merged(place, lambda path: True)
+
+
+def test_programs_in_json_that_are_refused(refuses, merges_here, tmp_path):
+  path = tmp_path / "p.json"
+  flags = {"program": path, "base": "base", "experts": "a,b"}
+  refuses(f"^--program={path} cannot be read: .*No such file", **flags)
+  _in_json(path, "mlp")
+  refuses("needs --base, .* and --experts", program=path, base="base")
+  refuses("^--seed goes with --recipe$", **flags, seed=1)
+  refuses("p.json is not admitted .verify, malformed.", **flags, scope="all")
+  refuses("p.json is not admitted .verify", **flags | {"experts": "a"})
+  refuses("^a is given twice among", **flags | {"experts": "a,a"})
+
+
+@pytest.mark.slow
+def test_a_program_in_json_has_the_bits_of_a_run(launch, place, tmp_path):
+  """Also where it sums over tensors, which XLA does in an order of its own."""
+  mean = "sum(t * jnp.mean(jnp.abs(t)) for t in task_vectors)"
+  source = f"def merge(base, task_vectors):\n  return base + {mean}\n"
+  path = _in_json(tmp_path / "p.json", "mlp", source)
+  said = launch(program=path, base="base", experts="a,b", out=place / "out")
+  directories = {name: pathlib.Path(name) for name in ("a", "b")}
+  base, found = _params("base", place / "out")
+  with runner.Runner(
+      base, pathlib.Path("base"), directories, "mlp", 300
+  ) as merges:
+    merged = merges.program(path.read_text()).params
+  assert said.split()[1] == models.checksum(merged) == models.checksum(found)
 
 
 @pytest.mark.slow

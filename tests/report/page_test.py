@@ -1,8 +1,11 @@
 """The page: complete, self-contained, the same every time, and not fooled."""
 
+import base64
+import hashlib
 import html.parser
 import re
 
+import numpy as np
 import pytest
 
 from selfdev_jax import errors
@@ -11,9 +14,10 @@ from selfdev_jax import store as store_lib
 from selfdev_jax.report import figures
 from selfdev_jax.report import page
 from selfdev_jax.report import reading
+from selfdev_jax.report import words
 
 STAGES = ("empty", "sampled", "admitted", "first", "dev", "test")
-_VOID = {"meta", "br", "img", "link", "input", "hr"}
+_VOID = {"meta", "br", "img", "link", "input", "hr", "wbr"}
 
 
 class _Page(html.parser.HTMLParser):
@@ -58,12 +62,13 @@ def test_same_archive_same_page_in_one_file(archive):
 
 
 def test_sections(source):
-  headings = re.findall("<h2>(.*?)</h2>", source)
+  headings = re.findall('<h2 id="[a-z]+-title">(.*?)</h2>', source)
   assert headings == [
+      "Stopped",
       "Does refining the factory lift what it writes?",
       "The best so far, at equal numbers of evaluations",
       "Every baseline",
-      "The best programs",
+      "The programs",
       "What was rejected, and why",
       "Refining the factory",
       "Where the time went",
@@ -74,11 +79,19 @@ def test_sections(source):
 
 def test_hostile_text_stays_text(source):
   parsed = _Page(source)
-  assert not {"script", "img", "iframe"} & set(parsed.tags)
+  assert not {"img", "iframe"} & set(parsed.tags)
+  assert parsed.tags.count("script") == 1
   assert not [n for n, _ in parsed.attributes if n.startswith("on")]
   assert "</script><img src=x onerror=alert(1)>" in "".join(parsed.text)
   assert "\u202e" not in source
   assert "\\u202eevil" in source
+
+
+def test_only_the_pages_own_script_may_run(source):
+  (script,) = re.findall("<script>(.*?)</script>", source, flags=re.S)
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  assert f"script-src 'sha256-{digest}'" in source
+  assert script == page.resource("table.js")
 
 
 def test_no_request_leaves_the_page(source):
@@ -109,9 +122,42 @@ def test_figures_take_their_colours_from_the_page(source):
 
 
 def test_every_figure_has_two_widths_and_a_label(source):
-  assert source.count("<svg") == 8
-  assert source.count('role="img"') == 4
-  assert source.count('class="wide"') == source.count('class="narrow"') == 4
+  names = ("distribution", "progress", "hours", "bars", "dpo")
+  for name in names:
+    assert f'id="{name}860-' in source and f'id="{name}360-' in source
+  assert source.count("<svg") == 10
+  assert source.count('role="img"') == 5
+  assert source.count('class="wide"') == source.count('class="narrow"') == 5
+
+
+def test_table_of_programs(source):
+  # d3 has the highest development score of seven programs and two rejections.
+  rows = re.findall(
+      r'<th scope="row"><code>(.*?)</code></th>\n<td class="name" data', source
+  )
+  assert len(rows) == 6
+  assert rows[0] == '<a href="#program-d3">d3</a>'
+  assert "All 8 programs and rejected completions" in source
+
+
+def test_a_long_table_says_how_much_it_leaves_out(tmp_path, build, monkeypatch):
+  monkeypatch.setattr(page, "_ROWS", 2)
+  with build(tmp_path, "admitted") as store:
+    text = page.render(store)
+  assert "The best 2 of 3 programs and rejected completions" in text
+
+
+def test_stages_of_a_run_that_stopped(tmp_path, build):
+  with build(tmp_path, "admitted") as store:
+    about = page.progress(store)
+  assert [group["title"] for group in about["groups"]] == [
+      "before the iterations",
+      "iteration 1, both arms",
+      "iteration 2, loop",
+      "iteration 2, control",
+      "after the iterations",
+  ]
+  assert not about["is_running"] and not about["is_complete"]
 
 
 @pytest.mark.parametrize("until", STAGES[:-1])
@@ -127,24 +173,36 @@ def test_writes_beside_a_writer(tmp_path, build):
   with build(tmp_path, "admitted") as writer:
     with store_lib.Store.read(tmp_path) as reader:
       page.write(reader)
-    with writer.stage("loop", 2, "later"):
+    with writer.activity("loop", 2, "later"):
       pass
     with store_lib.Store.read(tmp_path) as reader:
       assert "later" in page.write(reader).read_text(encoding="utf-8")
 
 
 def test_unwritable_page_is_a_one_line_error(tmp_path, build):
-  (tmp_path / "report.html").mkdir()
-  with (
-      build(tmp_path, "empty") as store,
-      pytest.raises(errors.UserError, match=r"cannot write .*report\.html"),
-  ):
-    page.write(store)
+  with build(tmp_path, "empty") as store:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(errors.UserError, match=r"cannot write .*report\.html"):
+      page.write(store)
   assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_visible():
-  assert page.visible("a\n\tb\u202e\x00\x1b é") == "a\n\tb\\u202e\\x00\\x1b é"
+@pytest.mark.parametrize(
+    ("units", "seconds", "expected"),
+    [
+        (1248, 3600, "1,248 programs an hour"),
+        (9, 1, "32,400 programs an hour"),
+        (600, 2, "300 programs a second"),
+    ],
+)
+def test_rate(units, seconds, expected):
+  assert words.rate(units, seconds, "program") == expected
+
+
+def test_names_of_stages():
+  names = ("weights", "task_arithmetic", "best", "propose")
+  said = ["random weights", "task arithmetic", "test", "propose"]
+  assert [words.stage(name) for name in names] == said
 
 
 @pytest.mark.parametrize(
@@ -169,13 +227,56 @@ def test_dpo_figure_of_a_degenerate_round(losses):
     assert "nan" not in figures.dpo(steps, width)
 
 
-@pytest.mark.parametrize("accuracies", [[0.0], [0.5] * 3, [1.0, 0.0]])
+@pytest.mark.parametrize("accuracies", [[0.0], [0.5] * 3, [0.0, 1.0]])
 def test_figures_of_a_degenerate_run(accuracies):
-  scores = tuple(
-      records.Score(f"program:{i}", "dev", 2, round(2 * a))
-      for i, a in enumerate(accuracies)
-  )
-  arms = {"loop": (reading.Round(1, 3, (), scores, frozenset()),)}
+  arms = {"loop": (_round(accuracies),)}
   assert "nan" not in figures.distribution(arms, None, figures.NARROW)
-  curves = {"loop": accuracies, "ties": [None, None]}
-  assert "nan" not in figures.progress(curves, [1], 0.0, figures.NARROW)
+  rises = np.unique(accuracies)
+  count = len(rises)
+  curve = reading.Curve(
+      np.arange(1, count + 1), np.zeros(count), rises, len(accuracies), 0.0
+  )
+  for draw in (
+      lambda width: figures.progress({"loop": curve}, [1], 0.0, width),
+      lambda width: figures.hours({"loop": curve}, None, width),
+  ):
+    drawn = draw(figures.NARROW)
+    assert "nan" not in drawn and "var(--loop)" in drawn
+
+
+def _round(accuracies, iteration=1):
+  n = len(accuracies)
+  return reading.Round(
+      iteration, n, n, n, n, np.sort(accuracies), max(accuracies)
+  )
+
+
+def test_a_strip_of_many_programs_shows_their_quantiles():
+  many = np.random.default_rng(0).beta(2, 3, 50_000)
+  drawn = figures.distribution({"loop": (_round(many),)}, None, figures.WIDE)
+  assert 350 < drawn.count("<use") < 450
+  assert len(drawn) < 200_000
+  assert f"n={len(many):,}" in drawn
+  assert f">{100 * many.mean():.1f}<" in drawn
+
+
+def test_drawings_are_rounded_and_their_labels_are_not():
+  curve = reading.Curve(
+      np.array([1]), np.array([0.001]), np.array([0.5]), 2, 0.0025
+  )
+  drawn = figures.hours({"loop": curve}, None, figures.WIDE)
+  labels = [float(x) for x in re.findall(r">(0\.\d+)</text>", drawn)]
+  assert len(labels) > 3
+  assert np.diff(labels) == pytest.approx(labels[0])
+  assert not re.search(r'd="[^"]*\.\d{3}', drawn)
+
+
+def test_many_iterations_do_not_write_over_each_other():
+  arms = {
+      arm: tuple(_round([0.2, 0.4], t) for t in range(1, 31))
+      for arm in ("loop", "control")
+  }
+  for width in (figures.WIDE, figures.NARROW):
+    drawn = figures.distribution(arms, 0.3, width)
+    names = [t for t in range(1, 31) if f">{t}<" in drawn]
+    assert 2 <= len(names) <= width // 24

@@ -1,5 +1,6 @@
 """Numbers of the report against values computed by hand."""
 
+import dataclasses
 import json
 
 import pytest
@@ -135,12 +136,13 @@ def test_selection_ignores_the_test_set(archive, result, score):
   score(archive, records.Score("program:d1", records.TEST, 20, 20))
   assert summary.summarize(archive)["best"] == result["best"]
   run = reading.read(archive)
-  assert [s.model for s in run.top()] == ["program:d3", "program:d2"]
+  top = run.top(records.LOOP, 2)
+  assert [s.model for s in top] == ["program:d3", "program:d2"]
 
 
 def test_rounds_count_every_completion_once(archive):
   first, second = reading.read(archive).arms[records.LOOP]
-  counts = lambda r: (r.sampled, r.admitted, r.distinct, len(r.scores))
+  counts = lambda r: (r.sampled, r.admitted, r.distinct, r.evaluated)
   assert counts(first) == (4, 3, 2, 2)
   # d4 has no merged model, and hostile text was rejected.
   assert counts(second) == (4, 2, 2, 2)
@@ -164,13 +166,21 @@ def test_hours_are_of_each_arms_own_work(tmp_path, build):
       model = f"program:{digest}"
       run("UPDATE scores SET at = ? WHERE model = ?", (seconds, model))
     run("UPDATE scores SET at = 10800 WHERE model = 'program:d6'")
-    hours = reading.read(store).hours
-    assert hours["loop"] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    curves = reading.read(store).curves
+    # Of 4, 6, 7 right and one without a model; of 4, 6, 5 and 3.
+    loop, control = (curves[arm] for arm in records.ARMS)
+    assert loop.evaluations.tolist() == [1, 2, 3] and loop.evaluated == 4
+    assert loop.best.tolist() == [0.4, 0.6, 0.7]
+    assert loop.hours == pytest.approx([0.5, 1.0, 1.5])
+    assert loop.total_hours == 2.0
+    assert control.best.tolist() == [0.4, 0.6]
+    assert control.hours == pytest.approx([0.5, 1.0])
     # The loop's second iteration is none of its work.
-    assert hours["control"] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert control.total_hours == 2.0
     run("UPDATE scores SET at = NULL WHERE model = 'program:d6'")
-    hours = reading.read(store).hours
-    assert hours["control"] is None and hours["loop"] is not None
+    curves = reading.read(store).curves
+    assert curves["control"].hours is None
+    assert curves["loop"].hours is not None
 
 
 def test_seconds_add_up_over_sessions(archive):
@@ -328,11 +338,48 @@ def test_what_a_race_and_known_programs_saved(result):
   assert words.racing({"answers": answers | {"search_over": False}}) == ""
 
 
-def test_who_was_stopped_is_not_the_best(archive, result):
-  assert result["answers"]["asked"] == result["answers"]["without_race"]
-  found = records.Score("program:d9", records.DEV, 5, 5, items=10)
-  assert reading.best([found]) is None
-  assert reading.ranked([found]) == []
+def test_who_was_stopped_is_not_the_best(tmp_path, build, score):
+  with build(tmp_path, "admitted") as store:
+    score(
+        store,
+        records.Score("program:d1", records.DEV, 5, 5, items=10),
+        records.Score("program:d2", records.DEV, 10, 3),
+        records.Score("ties:x", records.DEV, 5, 5, items=10),
+        records.Score("ties:y", records.DEV, 10, 2),
+    )
+    run = reading.read(store)
+    result = summary.of(run)
+  assert result["answers"] == {
+      "asked": 30,
+      "without_race": 40,
+      "reused": 0,
+      "search_over": False,
+  }
+  assert result["best"]["program_id"] == "d2"
+  assert result["baselines"]["ties"]["model"] == "ties:y"
+  (first,) = result["iterations"]
+  # It counts in the mean by what it was asked.
+  assert first["best_dev"] == 0.3 and first["mean_dev"] == 0.65
+  assert run.curves["ties"].evaluations.tolist() == [2]
+
+
+def test_what_was_taken_from_another_is_as_that_one_is(
+    tmp_path, build, score
+):
+  with build(tmp_path, "admitted") as store:
+    first = records.Score("program:d1", records.DEV, 5, 5, items=10)
+    score(store, first)
+    copy = dataclasses.replace(first, model="program:d2", reused=first.model)
+    score(store, copy)
+    score(store, records.Score("program:d1", records.DEV, 5, 1, items=5))
+    assert store.score("program:d2", records.DEV) == dataclasses.replace(
+        copy, n=10, correct=6
+    )
+    assert store.score("program:d2", records.TEST) is None
+    result = summary.summarize(store)
+  (iteration,) = result["iterations"]
+  assert iteration["mean_dev"] == iteration["best_dev"] == 0.6
+  assert result["answers"]["reused"] == 10
 
 
 def test_troubles_of_the_scorer_are_told(result):

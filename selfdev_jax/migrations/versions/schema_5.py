@@ -44,7 +44,7 @@ _FAMILY = "substr(x.model, 1, instr(x.model, ':') - 1)"
 
 _COPIES = (
     f"""
-    INSERT INTO factories
+    INSERT INTO factories (iteration, digest, activity)
     SELECT 1, '', {_by("'loop'", "1", "'propose'")}
     WHERE EXISTS (SELECT 1 FROM old_completions)
     UNION ALL
@@ -52,18 +52,21 @@ _COPIES = (
     FROM old_done x WHERE x.stage = 'refine'
     """,
     f"""
-    INSERT INTO completions
+    INSERT INTO completions (arm, iteration, item, text, finished, engine,
+        factory, activity)
     SELECT x.*, CASE x.arm WHEN 'loop' THEN x.iteration ELSE 1 END,
         {_by("x.arm", "x.iteration", "'propose'")}
     FROM old_completions x ORDER BY x.rowid
     """,
     f"""
-    INSERT INTO verdicts
+    INSERT INTO verdicts (arm, iteration, item, source, digest, stage, code,
+        message, activity)
     SELECT x.*, {_by("x.arm", "x.iteration", "'admit'")}
     FROM old_verdicts x ORDER BY x.rowid
     """,
     f"""
-    INSERT INTO programs
+    INSERT INTO programs (digest, program, stats, fingerprint,
+        arm, iteration, item, activity)
     SELECT x.digest, x.program, x.stats, as_float64(x.fingerprint),
         f.arm, f.iteration, f.item, {_by("f.arm", "f.iteration", "'admit'")}
     FROM old_programs x JOIN (
@@ -74,7 +77,8 @@ _COPIES = (
     ORDER BY x.rowid
     """,
     f"""
-    INSERT INTO scores
+    INSERT INTO scores (model, split, n, correct, merge_s, evaluate_s, engine,
+        failure, reused, items, program, weights, at, activity)
     SELECT x.model, x.split, x.n, x.correct, x.merge_s, x.evaluate_s, x.engine,
         x.failure, nullif(x.reused, ''), x.items, p.digest, '', NULL,
         CASE
@@ -91,7 +95,8 @@ _COPIES = (
     """,
     "INSERT INTO questions SELECT * FROM old_questions ORDER BY rowid",
     """
-    INSERT INTO responses
+    INSERT INTO responses (model, split, item, text, extracted, correct,
+        truncated, trouble, activity)
     SELECT x.*, s.activity
     FROM old_responses x JOIN scores s USING (model, split)
     ORDER BY x.model, x.split, x.item
@@ -178,7 +183,9 @@ def _move_pairs(run):
     chosen = run(find, (1, t, x.chosen_digest, x.chosen)).one()
     rejected = run(find, (t, t, x.rejected_digest, x.rejected)).one()
     run(
-        f"INSERT INTO pairs SELECT x.*, 'loop', ?, ?, ?, {_REFINED}"
+        "INSERT INTO pairs (iteration, item, prompt, chosen, rejected,"
+        " chosen_digest, rejected_digest, arm, chosen_iteration, chosen_item,"
+        f" rejected_item, activity) SELECT x.*, 'loop', ?, ?, ?, {_REFINED}"
         " FROM old_pairs x WHERE x.iteration = ? AND x.item = ?",
         (*chosen, rejected.item, t, x.item),
     )
@@ -201,7 +208,7 @@ def _add_candidates(run, asked):
     for t, digests in rounds.items():
       if arm == "control" and t == 1:  # The loop's: one factory, one key.
         continue
-      budget = len(loop[t])
+      budget = len(loop.get(t, ()))
       needed = asked if len(digests) >= budget else 3 * asked
       digests = digests[:budget]
       if _is_settled(run, arm, t, needed, digests):

@@ -173,3 +173,6 @@ CREATE TABLE responses (
   FOREIGN KEY (split, item) REFERENCES questions (split, item),
   FOREIGN KEY (activity) REFERENCES activities (id)
 ) WITHOUT ROWID;
+CREATE INDEX responses_truncated ON responses (split, item) WHERE truncated;
+CREATE INDEX responses_trouble ON responses (split, trouble)
+WHERE trouble != '';

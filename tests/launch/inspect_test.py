@@ -1,0 +1,176 @@
+"""launch.inspect answers in three forms, and says what it cannot answer."""
+
+import csv
+import importlib.util
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from selfdev_jax import errors
+
+_ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = _ROOT / "launch" / "inspect.py"
+
+
+def _archive():
+  """tests/inspection's run."""
+  path = _ROOT / "tests" / "inspection" / "conftest.py"
+  spec = importlib.util.spec_from_file_location("inspected", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return _archive().build(tmp_path_factory.mktemp("inspected"))
+
+
+# Every kind of question.
+_QUESTIONS = [
+    {},
+    {"programs": True},
+    {"programs": True, "verdict": "rejected", "sort": "found"},
+    {"program": "best"},
+    {"program": "b2"},  # Its merge failed.
+    {"program": "d4"},
+    {"answers": "program:c", "split": "dev"},
+    {"completion": "loop/2/1"},
+    {"completion": "loop/1/1"},
+    {"pair": "1/0"},
+    {"pair": "1/1"},
+]
+_each = pytest.mark.parametrize(
+    "question", _QUESTIONS, ids=lambda q: ",".join(map(str, q.values())) or "-"
+)
+
+
+@_each
+def test_text_is_safe_and_leads_on(launch, workdir, question):
+  shown = launch(workdir=workdir, **question)
+  assert all(c.isprintable() or c == "\n" for c in shown)
+  assert f"python -m launch.inspect --workdir={workdir} --" in shown
+
+
+@_each
+def test_json_is_one_document(launch, workdir, question):
+  assert json.loads(launch(workdir=workdir, format="json", **question))
+
+
+@_each
+def test_csv_is_a_header_and_rows(launch, workdir, question):
+  shown = launch(workdir=workdir, format="csv", **question)
+  header, *rows = csv.reader(io.StringIO(shown))
+  assert rows
+  assert {len(row) for row in rows} == {len(header)}
+  assert not any(cell.startswith("=") for row in rows for cell in row)
+
+
+def test_a_number_leads_to_its_generations(launch, workdir):
+  """By what each page says comes next."""
+  shown = launch(workdir=workdir)
+  assert "finished after" in shown and "--candidates=loop/1" in shown
+  listed = launch(workdir=workdir, programs=True, candidates="loop/2")
+  assert "1 to 1 of 1" in listed or "All 1" in listed
+  assert "100.0 [34.2, 100.0] of 2/4" in listed
+  page = launch(workdir=workdir, program="c3")
+  assert "score is that of program a1" in page
+  assert "--answers=program:c3 --split=dev" in page
+  answers = launch(workdir=workdir, answers="program:c3", limit=1)
+  assert "1 to 1 of 4 dev answers of program:c3" in answers
+  assert "By loop, iteration 1, evaluate" in answers
+  assert "--offset=1" in answers and "Item 0: right" in answers
+  written = launch(workdir=workdir, completion="loop/2/1")
+  assert "adapter f00d, trained on the 2 pairs of iteration 1" in written
+  assert "\\u202e\\x07evil" in written and "git abc" in written
+  pair = launch(workdir=workdir, pair="1/1")
+  assert "--completion=loop/1/3" in pair and "--program=b2" in pair
+
+
+def test_numbers_are_raw_fractions(launch, workdir):
+  shown = launch(workdir=workdir, programs=True, search="a1", format="csv")
+  row = next(iter(csv.DictReader(io.StringIO(shown))))
+  assert (row["dev"], row["dev_n"], row["written"]) == ("0.75", "4", "2")
+  found = json.loads(launch(workdir=workdir, program="a1", format="json"))
+  low, high = found["row"]["dev"]["interval"]
+  assert low < 0.75 < high
+  assert found["written_by"]["session"] == {"jax": "1", "git": "abc"}
+  assert found["ir"] == {"of": "a1"}
+
+
+def test_the_ir_alone(launch, workdir):
+  assert json.loads(launch(workdir=workdir, program="a1", ir=True)) == {
+      "of": "a1"
+  }
+
+
+@pytest.mark.parametrize("form", ["text", "json", "csv"])
+def test_two_runs(launch, workdir, tmp_path, form):
+  _archive().build(tmp_path, "begun", jax="2")
+  shown = launch(workdir=workdir, other=tmp_path, format=form)
+  if form == "json":
+    found = json.loads(shown)
+    assert found["versions"] == [{"key": "jax", "here": "1", "there": "2"}]
+    assert len(found["only_here"]) == 5
+  else:
+    assert "jax" in shown and "a9" in shown
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"program": "zz"}, "has no program 'zz'"),
+        ({"program": "a"}, "several programs begin with 'a'"),
+        ({"answers": "nobody"}, "no dev score of 'nobody'"),
+        ({"answers": "program:zz"}, "has no program 'program:zz'"),
+        ({"completion": "loop/1"}, "write it like loop/2/17"),
+        ({"completion": "both/1/1"}, "arms: loop, control"),
+        ({"completion": "loop/1/99"}, "has no completion loop/1/99"),
+        ({"pair": "loop/1"}, "write it like 2/17"),
+        ({"pair": "7/7"}, "has no pair 7/7"),
+        ({"programs": True, "arm": "both"}, "one of loop, control"),
+        ({"programs": True, "sort": "date"}, "one of dev, test, found"),
+        ({"answers": "seed", "split": "train"}, "one of dev, test"),
+        ({"format": "xml"}, "one of text, json, csv"),
+        ({"program": "a1", "pair": "1/0"}, "--program and --pair are two"),
+        ({"ir": True}, "--ir needs --program"),
+        ({"other": "/nowhere"}, "/nowhere holds no run"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line(launch, workdir, values, words):
+  with pytest.raises(errors.UserError, match=words) as raised:
+    launch(workdir=workdir, **values)
+  assert "\n" not in str(raised.value)
+
+
+def test_a_workdir_that_is_none(launch, tmp_path):
+  with pytest.raises(errors.UserError, match="holds no run"):
+    launch(workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("until", "words"),
+    [
+        ("", "not running, stopped before single models"),
+        ("begun", "stopped before loop, iteration 1, propose"),
+        ("second", "stopped before task_arithmetic"),
+    ],
+)
+def test_a_run_that_is_not_finished(launch, tmp_path, until, words):
+  _archive().build(tmp_path, until)
+  assert words in launch(workdir=tmp_path)
+  for form in ("text", "json", "csv"):
+    assert launch(workdir=tmp_path, programs=True, format=form)
+
+
+def test_it_starts_without_jax():
+  """Importing jax takes longer than the answer may."""
+  code = (
+      "import sys, launch.inspect; sys.exit('jax' in sys.modules or"
+      " 'alembic' in sys.modules)"
+  )
+  assert subprocess.run([sys.executable, "-c", code], cwd=_ROOT).returncode == 0
