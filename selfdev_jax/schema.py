@@ -85,13 +85,14 @@ COMPLETIONS = _table(
 PROGRAMS = _table(
     "programs",  # What the verifier let through.
     sa.Column("digest", sa.Text, primary_key=True, nullable=False),
-    _text("program"),  # JSON program IR.
-    _text("stats"),  # JSON
-    sa.Column("fingerprint", sa.LargeBinary, nullable=False),  # float64, "<f8".
     _text("arm"),  # The completion that gave it first.
     _integer("iteration"),
     _integer("item"),
     _by(),
+    # The long ones last: who wants none of them need not pass over them.
+    _text("stats"),  # JSON
+    sa.Column("fingerprint", sa.LargeBinary, nullable=False),  # float64, "<f8".
+    _text("program"),  # JSON program IR.
     sa.ForeignKeyConstraint(["arm", "iteration", "item"], _COMPLETION),
 )
 VERDICTS = _table(
@@ -99,15 +100,15 @@ VERDICTS = _table(
     sa.Column("arm", sa.Text, primary_key=True),
     sa.Column("iteration", sa.Integer, primary_key=True),
     sa.Column("item", sa.Integer, primary_key=True),
-    _text("source"),
     # NULL: rejected.
     sa.Column("digest", sa.Text, sa.ForeignKey("programs.digest")),
     _text("stage"),
     _text("code"),
-    _text("message"),
     _by(),
+    _text("message"),
+    _text("source"),
     sa.ForeignKeyConstraint(["arm", "iteration", "item"], _COMPLETION),
-    sa.Index("verdicts_digest", "digest", "arm", "iteration"),
+    sa.Index("verdicts_digest", "digest", "arm", "iteration", "item"),
     sa.Index("verdicts_reason", "arm", "iteration", "stage", "code"),
 )
 CANDIDATES = _table(

@@ -543,9 +543,10 @@ class Store:
   ) -> list[records.Verdict]:
     """In order of arm, iteration and item; None takes all."""
     return [
-        records.Verdict(*row[:8])
+        records.Verdict(*row)
         for row in self.rows(
-            "SELECT * FROM verdicts WHERE (:arm IS NULL OR arm = :arm)"
+            "SELECT arm, iteration, item, source, digest, stage, code, message"
+            " FROM verdicts WHERE (:arm IS NULL OR arm = :arm)"
             " AND (:iteration IS NULL OR iteration = :iteration)"
             " ORDER BY arm, iteration, item",
             arm=arm,

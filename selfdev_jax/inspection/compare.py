@@ -1,7 +1,6 @@
 """What differs between two runs."""
 
 from collections.abc import Mapping
-from concurrent import futures
 import dataclasses
 import json
 from typing import Any
@@ -75,9 +74,8 @@ _PASSING = ("time", "command")
 
 
 def compare(here: store_lib.Store, there: store_lib.Store) -> Comparison:
-  """Compares two archives, each read in a thread: `Store.read` both."""
-  with futures.ThreadPoolExecutor(2) as pool:
-    ours, theirs = pool.map(_read, (here, there))
+  """Compares two archives."""
+  ours, theirs = _read(here), _read(there)
   keys = sorted(ours.iterations.keys() | theirs.iterations.keys())
   return Comparison(
       config=_differences(here.meta("config"), there.meta("config")),

@@ -71,13 +71,13 @@ CREATE TABLE completions (
 );
 CREATE TABLE programs (
   digest TEXT NOT NULL,
-  program TEXT NOT NULL,
-  stats TEXT NOT NULL,
-  fingerprint BLOB NOT NULL,
   arm TEXT NOT NULL,
   iteration INTEGER NOT NULL,
   item INTEGER NOT NULL,
   activity INTEGER NOT NULL,
+  stats TEXT NOT NULL,
+  fingerprint BLOB NOT NULL,
+  program TEXT NOT NULL,
   PRIMARY KEY (digest),
   FOREIGN KEY (arm, iteration, item)
     REFERENCES completions (arm, iteration, item),
@@ -87,19 +87,19 @@ CREATE TABLE verdicts (
   arm TEXT NOT NULL,
   iteration INTEGER NOT NULL,
   item INTEGER NOT NULL,
-  source TEXT NOT NULL,
   digest TEXT,
   stage TEXT NOT NULL,
   code TEXT NOT NULL,
-  message TEXT NOT NULL,
   activity INTEGER NOT NULL,
+  message TEXT NOT NULL,
+  source TEXT NOT NULL,
   PRIMARY KEY (arm, iteration, item),
   FOREIGN KEY (arm, iteration, item)
     REFERENCES completions (arm, iteration, item),
   FOREIGN KEY (digest) REFERENCES programs (digest),
   FOREIGN KEY (activity) REFERENCES activities (id)
 );
-CREATE INDEX verdicts_digest ON verdicts (digest, arm, iteration);
+CREATE INDEX verdicts_digest ON verdicts (digest, arm, iteration, item);
 CREATE INDEX verdicts_reason ON verdicts (arm, iteration, stage, code);
 CREATE TABLE candidates (
   arm TEXT NOT NULL,
