@@ -4,7 +4,7 @@ python -m launch.dashboard --workdir=runs/tiny
 
 Read-only. The page needs no network; it listens on the loopback address, which
 only this machine reaches. --host=0.0.0.0 shows the run to whoever reaches the
-machine. Ctrl-C ends it.
+machine, by its addresses and its name. Ctrl-C ends it.
 """
 
 from absl import flags

@@ -6,6 +6,7 @@ r"""Answers questions about a run from its archive, also while it runs.
   python -m launch.inspect --workdir=DIR --programs --search='jnp.median'
   python -m launch.inspect --workdir=DIR --program=ID   # or best
   python -m launch.inspect --workdir=DIR --program=best --ir
+  python -m launch.inspect --workdir=DIR --scores=ties   # all models of a sweep
   python -m launch.inspect --workdir=DIR --answers=program:best --split=test
   python -m launch.inspect --workdir=DIR --completion=loop/2/17
   python -m launch.inspect --workdir=DIR --pair=1/0
@@ -13,9 +14,10 @@ r"""Answers questions about a run from its archive, also while it runs.
 
 --format=json is one document; numbers are raw fractions, and an interval is
 Wilson's of 95 %. --format=csv is one header line and the rows, cells that a
-spreadsheet would take for a formula behind an apostrophe. Text shows control
-characters of generated text as escapes. Accuracies of unfinished or stopped
-evaluations are of what was answered.
+spreadsheet would take for a formula behind an apostrophe. Both have all lines
+of a list where no --limit is given, text has 50. Text, and any form on a
+terminal, shows control characters of generated text as escapes. Accuracies of
+unfinished or stopped evaluations are of what was answered.
 """
 
 import os
@@ -28,18 +30,22 @@ from selfdev_jax import errors
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
 from selfdev_jax.inspection import queries
+from selfdev_jax.inspection import text
 from selfdev_jax.inspection import views
+
+_TEXT_LIMIT = 50
+_DIGITS = 9  # More than any list has; SQLite takes twice as many.
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run.", required=True
 )
 _FORMAT = flags.DEFINE_string("format", "text", "Or json, or csv.")
 _LIMIT = flags.DEFINE_integer(
-    "limit", 50, "Lines of a list at most.", lower_bound=1
+    "limit",
+    None,
+    f"Lines of a list at most; without it {_TEXT_LIMIT} of text, else all.",
 )
-_OFFSET = flags.DEFINE_integer(
-    "offset", 0, "Lines of a list to leave out.", lower_bound=0
-)
+_OFFSET = flags.DEFINE_integer("offset", 0, "Lines of a list to leave out.")
 
 _PROGRAMS = flags.DEFINE_bool(
     "programs", False, "List programs and rejected completions."
@@ -64,6 +70,9 @@ _PROGRAM = flags.DEFINE_string(
     "program", None, "A digest's beginning, or best."
 )
 _IR = flags.DEFINE_bool("ir", False, "Print the program's IR, which is JSON.")
+_SCORES = flags.DEFINE_string(
+    "scores", None, f"List the models of {', '.join(queries.FAMILIES)}."
+)
 _ANSWERS = flags.DEFINE_string(
     "answers",
     None,
@@ -74,7 +83,26 @@ _COMPLETION = flags.DEFINE_string("completion", None, "ARM/ITERATION/ITEM.")
 _PAIR = flags.DEFINE_string("pair", None, "ITERATION/ITEM.")
 _OTHER = flags.DEFINE_string("other", None, "Another run, to compare with.")
 
-_MODES = (_PROGRAMS, _PROGRAM, _ANSWERS, _COMPLETION, _PAIR, _OTHER)
+# What can be asked, each with the flags that go with it.
+_QUESTIONS = {
+    "programs": (
+        *("search", "verdict", "arm", "iteration", "candidates"),
+        *("min_dev", "max_dev", "sort", "ascending", "limit", "offset"),
+    ),
+    "program": ("ir",),
+    "scores": ("limit", "offset"),
+    "answers": ("split", "limit", "offset"),
+    "completion": (),
+    "pair": (),
+    "other": ("limit",),
+}
+_BOUNDS = (
+    (_ITERATION, 1, 10**_DIGITS),
+    (_LIMIT, 1, 10**_DIGITS),
+    (_OFFSET, 0, 10**_DIGITS),
+    (_MIN_DEV, 0, 1),
+    (_MAX_DEV, 0, 1),
+)
 
 
 def main(_):
@@ -82,15 +110,44 @@ def main(_):
   _one_of(_SORT, queries.SORTS)
   _one_of(_ARM, ("", *records.ARMS))
   _one_of(_SPLIT, (records.DEV, records.TEST))
-  asked = [flag.name for flag in _MODES if flag.value]
+  _one_of(_SCORES, (None, *queries.FAMILIES))
+  for flag, least, most in _BOUNDS:
+    # Not a number is in no bounds.
+    if flag.value is not None and not least <= flag.value <= most:
+      raise errors.UserError(f"--{flag.name} has to be {least} to {most:,}")
+  for flag in (_SEARCH, _VERDICT, _PROGRAM, _ANSWERS):
+    if any("\ud800" <= c <= "\udfff" for c in flag.value or ""):
+      raise errors.UserError(f"--{flag.name} is not UTF-8: {flag.value!r}")
+  _check_question()
+  with store_lib.Store.read(_WORKDIR.value) as store:
+    _print(_answer(store))
+
+
+def _check_question():
+  """One is asked at most, and what is given goes with it."""
+  known = flags.FLAGS
+  asked = [
+      name for name in _QUESTIONS if known[name].value not in (None, False)
+  ]
   if len(asked) > 1:
     raise errors.UserError(
         f"--{asked[0]} and --{asked[1]} are two questions; ask one"
     )
-  if _IR.value and not _PROGRAM.value:
-    raise errors.UserError("--ir needs --program=ID")
-  with store_lib.Store.read(_WORKDIR.value) as store:
-    _print(_answer(store))
+  for name in asked:
+    if known[name].value == "":
+      raise errors.UserError(f"--{name} needs a value: {known[name].help}")
+  goes_with = {}
+  for question, names in _QUESTIONS.items():
+    for name in names:
+      goes_with.setdefault(name, []).append(question)
+  for name, questions in goes_with.items():
+    if known[name].present and not set(asked) & set(questions):
+      raise errors.UserError(f"--{name} goes with --{' or --'.join(questions)}")
+
+
+def _limit():
+  is_text = _FORMAT.value == "text"
+  return _LIMIT.value or (_TEXT_LIMIT if is_text else None)
 
 
 def _answer(store):
@@ -112,23 +169,25 @@ def _view(store):
         candidate_of=_place(_CANDIDATES, "loop/2"),
         sort=_SORT.value,
         ascending=_ASCENDING.value,
-        limit=_LIMIT.value,
+        limit=_limit(),
         offset=_OFFSET.value,
     )
   if _PROGRAM.value:
     return views.program(store, _PROGRAM.value)
+  if _SCORES.value:
+    return views.scores(store, _SCORES.value, _limit(), _OFFSET.value)
   if _ANSWERS.value:
     model, split = _ANSWERS.value, _SPLIT.value
     if model.startswith(records.PROGRAM):
       model = records.PROGRAM + queries.find(store, model)
-    return views.answers(store, model, split, _LIMIT.value, _OFFSET.value)
+    return views.answers(store, model, split, _limit(), _OFFSET.value)
   if _COMPLETION.value:
     return views.completion(store, *_place(_COMPLETION, "loop/2/17"))
   if _PAIR.value:
     return views.pair(store, *_place(_PAIR, "2/17"))
   if _OTHER.value:
     with store_lib.Store.read(_OTHER.value) as other:
-      return views.comparison(store, other, _LIMIT.value)
+      return views.comparison(store, other, _limit())
   return views.overview(store)
 
 
@@ -146,13 +205,15 @@ def _place(holder, example):
     return None
   parts, like = holder.value.split("/"), example.split("/")
   fits = len(parts) == len(like) and all(
-      part in records.ARMS if a in records.ARMS else part.isdecimal()
+      part in records.ARMS
+      if a in records.ARMS
+      else part.isdecimal() and len(part) <= _DIGITS
       for part, a in zip(parts, like, strict=True)
   )
   if not fits:
     raise errors.UserError(
-        f"--{holder.name} is {holder.value!r}; write it like {example} (arms:"
-        f" {', '.join(records.ARMS)})"
+        f"--{holder.name} is {holder.value[:40]!r}; write it like {example}"
+        f" (arms: {', '.join(records.ARMS)})"
     )
   return tuple(int(p) if p.isdecimal() else p for p in parts)
 
@@ -160,6 +221,8 @@ def _place(holder, example):
 def _print(answer):
   """Prints, also what the terminal cannot show or a pager does not read."""
   sys.stdout.reconfigure(errors="backslashreplace")
+  if sys.stdout.isatty():
+    answer = text.visible(answer)
   try:
     print(answer, flush=True)
   except BrokenPipeError:

@@ -65,34 +65,28 @@ _LINES = (
 
 # Of each table, in the order of the rows that `_Maker` puts there.
 _COLUMNS = {
-    "questions": ("split item prompt gold"),
-    "done": ("arm iteration stage activity"),
+    "questions": "split item prompt gold",
+    "done": "arm iteration stage activity",
     "activities": (
         "id session arm iteration stage seed started seconds "
         "writing_s done total unit finished"
     ),
-    "factories": ("iteration digest activity"),
-    "completions": ("arm iteration item text finished engine factory activity"),
-    "candidates": ("arm iteration position digest activity"),
-    "programs": (
-        "digest program stats fingerprint arm iteration item " "activity"
-    ),
-    "verdicts": (
-        "arm iteration item source digest stage code message " "activity"
-    ),
+    "factories": "iteration digest activity",
+    "completions": "arm iteration item text finished engine factory activity",
+    "candidates": "arm iteration position digest activity",
+    "programs": "digest program stats fingerprint arm iteration item activity",
+    "verdicts": "arm iteration item source digest stage code message activity",
     "scores": (
         "model split n correct merge_s evaluate_s engine failure "
         "reused items program weights at activity"
     ),
-    "responses": (
-        "model split item text extracted correct truncated trouble " "activity"
-    ),
+    "responses": "model split item text extracted correct truncated trouble activity",
     "pairs": (
         "iteration item prompt chosen rejected chosen_digest "
         "rejected_digest arm chosen_iteration chosen_item "
         "rejected_item activity"
     ),
-    "steps": ("iteration step metrics activity"),
+    "steps": "iteration step metrics activity",
 }
 
 

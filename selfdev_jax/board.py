@@ -13,6 +13,7 @@ from selfdev_jax import records
 from selfdev_jax import store as store_lib
 
 _FLUSH_S = 10
+_OVERLAP_S = 60.0  # Clocks are set back.
 
 # Neither what another model was scored for, nor one that is not done or was
 # stopped: its accuracy is not of all items.
@@ -21,7 +22,8 @@ SELECT scores.rowid, scores.model, scores.split, scores.correct, scores.n,
   scores.merge_s, scores.evaluate_s, activities.arm, scores.at
 FROM scores JOIN activities ON activities.id = scores.activity
 WHERE scores.reused IS NULL AND (scores.n = scores.items
-  OR scores.correct IS NULL) ORDER BY scores.at
+  OR scores.correct IS NULL) AND coalesce(scores.at, 0) >= :since
+ORDER BY scores.at
 """
 _ADMITTED = """
 SELECT count(digest) * 1.0 / count(*) AS share FROM verdicts
@@ -43,6 +45,7 @@ class Board:
         str(directory), flush_secs=_FLUSH_S
     )
     self._scores: set[int] = set()
+    self._since = 0.0  # Unix time; what was scored before is shown.
     self._activities = 0
     self._best: dict[str, float] = {}
     self._seen: dict[str, int] = {}
@@ -65,7 +68,8 @@ class Board:
 
   def _add_scores(self):
     """Each score against the number of models of its kind until then."""
-    for row in self._archive.rows(_SCORES):
+    since, self._since = self._since, time.time() - _OVERLAP_S
+    for row in self._archive.rows(_SCORES, since=since):
       if row.rowid in self._scores:
         continue
       self._scores.add(row.rowid)
@@ -81,9 +85,10 @@ class Board:
       if row.correct is None:
         continue
       accuracy = row.correct / row.n
-      self._best[name] = max(accuracy, self._best.get(name, 0.0))
       add(f"{name}/accuracy", accuracy)
-      add(f"{name}/best", self._best[name])
+      if accuracy > self._best.get(name, -1.0):
+        self._best[name] = accuracy
+        add(f"{name}/best", accuracy)
       if row.evaluate_s:
         add(f"{name}/answers_per_s", row.n / row.evaluate_s)
 

@@ -133,11 +133,7 @@ def run(
     prompt = programs.load_prompt(config.propose.prompt)
     identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
     identity["items"] = evaluation.digest(
-        [
-            item
-            for items in load_items(config.evaluate).values()
-            for item in items
-        ]
+        list(itertools.chain(*load_items(config.evaluate).values()))
     )
     provenance = _provenance() | {
         "sandbox": box.layers(),
@@ -442,7 +438,10 @@ class _Run:
 
   def _traced(self, t: int) -> contextlib.AbstractContextManager:
     """Profiles iteration `t` where that is asked for and it has work left."""
-    if not self._trace or self._archive.is_done(records.LOOP, t, "refine"):
+    is_over = self._archive.is_done(records.LOOP, t, "refine") or (
+        self._archive.is_done(records.LOOP, 0, store_lib.SEARCH)
+    )
+    if not self._trace or is_over:
       return contextlib.nullcontext()
     self._trace = False
     options = jax.profiler.ProfileOptions()
@@ -494,9 +493,8 @@ class _Run:
     with self._working(
         arm, t, "propose", "sampling", samples - have, "program"
     ) as bar:
-      self._archive.add_factory(
-          factory, "" if lora is None else models.checksum(lora)
-      )
+      if lora is None:
+        self._archive.add_factory(1, "")
       for batch in self._sampler.generate(
           [self._prompt] * (samples - have),
           keys,
@@ -673,6 +671,9 @@ class _Run:
             raise errors.UserError(_unrepeated(name, failure))
         if not failure:
           weights = models.checksum(params)
+          score = self._archive.score(name, split)
+          if score and score.weights not in ("", weights):
+            progress.note(f"{name} has other weights than when it was begun")
           self._sampler.swap_weights(params, name)
         before = name
       merged = time.monotonic()
@@ -796,8 +797,10 @@ class _Run:
   def _refine(self, t: int):
     """Preferences of iteration `t` and the factory of the next."""
     config = self._config.dpo
+    # A training is taken up from its last checkpoint.
+    done = len(self._archive.steps(t)) // config.save_every * config.save_every
     with self._archive.stage(
-        records.LOOP, t, "refine", config.steps, "step"
+        records.LOOP, t, "refine", config.steps - done, "step"
     ) as needed:
       if not needed:
         return
@@ -865,16 +868,23 @@ class _Run:
           rslora=config.rslora,
           base=self._config.seed_model,
       )
-      # Also those that a killed session took and did not keep.
+      made = convert.load_adapter(self._factory_path(t + 1), loaded.decoder)
+      self._archive.add_factory(t + 1, models.checksum(made.scaled()))
+      # Those that are not there yet were taken before schema 5.
+      kept = {step.step for step in self._archive.steps(t)}
       self._archive.put_steps(
-          [records.Step(t, i, m) for i, m in enumerate(metrics, start=1)]
+          [
+              records.Step(t, i, m)
+              for i, m in enumerate(metrics, start=1)
+              if i not in kept
+          ]
       )
       # The adapter stands; how its training went stays too.
       workdir_lib.discard_checkpoints(workdir)
 
   def _keep_step(self, t: int, step: int, metrics: dict[str, float]):
-    self._archive.advance(1)
     self._archive.put_steps([records.Step(t, step, metrics)])
+    self._archive.advance(1)
 
   # Controls and the end.
 

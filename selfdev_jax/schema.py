@@ -68,7 +68,8 @@ ACTIVITIES = _table(
 FACTORIES = _table(
     "factories",
     sa.Column("iteration", sa.Integer, primary_key=True),
-    _text("digest"),  # Of the adapter's weights; empty: the seed model.
+    # Checksum of the adapter; empty: the seed model, or before schema 5.
+    _text("digest"),
     _by(),
 )
 COMPLETIONS = _table(
@@ -141,7 +142,8 @@ SCORES = _table(
     _integer("items"),  # Of the split; n is less: stopped.
     # NULL: a baseline.
     sa.Column("program", sa.Text, sa.ForeignKey("programs.digest")),
-    _text("weights"),  # Checksum of the merged model; empty: none was made.
+    # Checksum of the merged model; empty: none was made, or before schema 5.
+    _text("weights"),
     _real("at", nullable=True),  # Unix time of the last answers.
     _by(),  # That began it.
     sa.ForeignKeyConstraint(

@@ -176,6 +176,8 @@ class Store:
 
   def _begin(self, config, identity, provenance):
     found = _revision(self._db, self.workdir)
+    if found is not None:
+      self._check(config, identity)
     run = self._db.exec_driver_sql
     run("PRAGMA journal_mode=WAL")
     # Each commit reaches the disk before the next begins.
@@ -189,7 +191,6 @@ class Store:
           f" {schema.REVISION}"
       )
     run("PRAGMA foreign_keys=ON")
-    self._check(config, identity)
     self._seed = config.seed
     with self._transaction():
       self._session = self._insert(
@@ -652,7 +653,13 @@ class Store:
         }
         | {
             "engine": sa.case(
-                (sa.func.instr(kept.engine, added.engine) > 0, kept.engine),
+                (
+                    sa.func.instr(
+                        ", " + kept.engine + ",", ", " + added.engine + ","
+                    )
+                    > 0,
+                    kept.engine,
+                ),
                 else_=kept.engine + ", " + added.engine,
             ),
             "at": added.at,
@@ -854,8 +861,10 @@ def _open_to_read(
   try:
     connection.execute("SELECT 1 FROM sqlite_master")
     return connection
-  except sqlite3.OperationalError:
+  except sqlite3.OperationalError as error:
     connection.close()
+    if "locked" in str(error):
+      raise
   # SQLite wants to write an index beside the file, and the disk refuses.
   log = path.with_name(f"{path.name}-wal")
   if not log.exists() or not log.stat().st_size:

@@ -77,12 +77,35 @@ def test_scores_and_rates_once_each_over_sessions(tmp_path):
   assert events["dev/seed/answers_per_s"] == {1: 5.0}
   assert events["dev/loop/accuracy"] == {1: 0.5}
   assert events["dev/weights/accuracy"] == {1: 0.3, 2: 0.6, 3: 0.5}
-  assert events["dev/weights/best"] == {1: 0.3, 2: 0.6, 3: 0.6}
+  assert events["dev/weights/best"] == {1: 0.3, 2: 0.6}
   assert "dev/ties/accuracy" not in events
   assert events["admitted/loop"] == {2: 0.5}
   assert events["programs_per_s/loop/propose"] == {
       1: pytest.approx(2 / activities[0].seconds, rel=1e-5)
   }
+
+
+def test_later_updates_ask_for_what_is_new(tmp_path, monkeypatch):
+  monkeypatch.setattr(board, "_OVERLAP_S", 0.0)
+  with (
+      store_lib.Store.create(tmp_path, _CONFIG, {}, {}) as archive,
+      board.Board(archive) as shown,
+  ):
+    read, rows = [], archive.rows
+
+    def spy(*args, **values):
+      found = rows(*args, **values)
+      if "since" in values:
+        read.append([row.model for row in found])
+      return found
+
+    monkeypatch.setattr(archive, "rows", spy)
+    for model in ("seed", "ties:x"):
+      _score(archive, records.Score(model, records.DEV, 10, 4))
+      shown.update()
+    assert read == [["seed"], ["ties:x"]]
+  events = _events(tmp_path)
+  assert events["dev/seed/accuracy"] == events["dev/ties/accuracy"] == {1: 0.4}
 
 
 def test_an_update_just_done_is_not_repeated(tmp_path, monkeypatch):

@@ -27,7 +27,8 @@ def finished(tmp_path_factory, smoke_cache, start_smoke, finish_smoke):
   """(workdir, result, seconds) of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp("smoke") / "run"
   start = time.monotonic()
-  status, result, err = finish_smoke(start_smoke(workdir, smoke_cache))
+  process = start_smoke(workdir, smoke_cache, "--trace")
+  status, result, err = finish_smoke(process)
   assert status == 0, err
   return workdir, result, time.monotonic() - start
 
@@ -59,6 +60,11 @@ def test_the_models_learned_and_dpo_moved_the_factory(finished):
     assert steps[0].metrics["loss"] != steps[-1].metrics["loss"]
     assert steps[0].metrics["rewards/margins"] == pytest.approx(0, abs=1e-3)
     assert steps[-1].metrics["rewards/margins"] > 0
+    (made_by,) = archive.rows(
+        "SELECT arm, a.iteration, stage, digest != '' FROM factories f"
+        " JOIN activities a ON a.id = f.activity WHERE f.iteration = 2"
+    )
+    assert made_by == (records.LOOP, 1, "refine", 1)
     verdicts = archive.verdicts()
     assert any(v.admitted for v in verdicts)
     loop, control = (
@@ -149,6 +155,18 @@ def test_the_report_is_one_file(finished):
   page = (workdir / "report.html").read_text()
   assert result["best"]["program_id"][:12] in page
   assert "http://" not in page.replace("http://www.w3.org/", "")
+
+
+def test_a_profile_of_one_iteration_and_tensorboards_curves(finished):
+  workdir, _, _ = finished
+  (profile,) = workdir.glob("trace/plugins/profile/*/*.xplane.pb")
+  found = profile.read_bytes()
+  assert b"Iteration 1, loop: propose" in found
+  assert b"Iteration 2, loop: propose" not in found
+  (events,) = workdir.glob("tensorboard/*")
+  assert b"dev/loop/accuracy" in events.read_bytes()
+  (events,) = workdir.glob("dpo/1/tensorboard/*")
+  assert b"train/rewards/margins" in events.read_bytes()
 
 
 def test_a_workdir_of_another_config_is_refused(
@@ -247,4 +265,6 @@ def test_killed_at_random_moments_the_result_is_the_same(
     assert status == 0, f"seed {seed}: {err}"
     assert result == expected, f"seed {seed}, {kills} kills, {cuts} cuts"
     _kept(workdir)
-  print(f"{kills} kills, {cuts} of them power cuts, in {runs} runs, seed {seed}")
+  print(
+      f"{kills} kills, {cuts} of them power cuts, in {runs} runs, seed {seed}"
+  )

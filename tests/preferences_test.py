@@ -81,7 +81,9 @@ class BuildTest(parameterized.TestCase):
     self.assertEqual(_digests(pairs), list(expected))
     self.assertEqual(
         pairs[0],
-        records.Pair(2, 0, "the prompt", "text p1", "text p9", "p1", "p9", 2, 1, 9),
+        records.Pair(
+            2, 0, "the prompt", "text p1", "text p9", "p1", "p9", 2, 1, 9
+        ),
     )
     self.assertEqual([pair.item for pair in pairs], list(range(6)))
 

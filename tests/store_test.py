@@ -343,6 +343,16 @@ def test_a_score_grows_by_what_further_items_say(archive):
       archive.add_score(rest)
 
 
+def test_engines_are_told_apart_by_their_whole_name(archive):
+  for n, engine in enumerate(("vllm 0.32.0", "vllm 0.3", "vllm 0.3")):
+    with archive.activity("loop", 0, "single models"):
+      score = records.Score("seed", "dev", 1, 1, engine=engine, items=3)
+      archive.add_score(
+          score, [records.Response(n, f"q{n}", "a", "g", "a", True)]
+      )
+  assert archive.score("seed", "dev").engine == "vllm 0.32.0, vllm 0.3"
+
+
 def test_troubles_of_the_scorer_are_counted(archive):
   said = [
       _answer(i, False, trouble=trouble)

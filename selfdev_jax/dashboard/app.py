@@ -5,13 +5,17 @@ Every answer is computed from one snapshot of the archive; none changes it.
 
 from collections.abc import Sequence
 import contextlib
+import dataclasses
+import ipaddress
 import math
 import os
+import re
 import time
 from urllib import parse
 
 import markupsafe
 from starlette import applications
+from starlette import datastructures
 from starlette import exceptions
 from starlette import middleware
 from starlette import requests
@@ -29,8 +33,6 @@ from selfdev_jax.dashboard import query as query_lib
 from selfdev_jax.inspection import queries
 from selfdev_jax.report import page as page_lib
 from selfdev_jax.report import reading
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 _PACKAGE = "selfdev_jax.dashboard"
 _FIRST_ROWS = 10  # Of the table on the first page.
@@ -76,6 +78,18 @@ class _Links(page_lib.Links):
   def pairs(self, iteration):
     return f"/pairs/{iteration}"
 
+  def candidates(self, arm, iteration):
+    return query_lib.Query(candidates=f"{arm}/{iteration}").address()
+
+  def rejected(self, stage, code, arm, iteration):
+    query = query_lib.Query(verdict=f"{stage}:{code}")
+    # A program whose merge failed stands where it was first written, and
+    # counts wherever it was.
+    if stage != queries.RUN:
+      arm = records.LOOP if arm == "both" else arm
+      query = dataclasses.replace(query, arm=arm, iteration=iteration)
+    return query.address()
+
 
 def _quoted(text):
   return parse.quote(text, safe="")
@@ -101,8 +115,30 @@ class _Headers:
     await self._app(scope, receive, answer)
 
 
+class _Hosts(trustedhost.TrustedHostMiddleware):
+  """Also lets addresses pass; see `application`."""
+
+  async def __call__(
+      self, scope: types.Scope, receive: types.Receive, send: types.Send
+  ):
+    if scope["type"] == "http" and _is_address(scope):
+      await self.app(scope, receive, send)
+    else:
+      await super().__call__(scope, receive, send)
+
+
+def _is_address(scope):
+  """Whether the browser called an address, not a name."""
+  host = datastructures.Headers(scope=scope).get("host", "")
+  try:
+    ipaddress.ip_address(re.sub(r":\d*$", "", host).strip("[]"))
+  except ValueError:
+    return False
+  return True
+
+
 def application(
-    workdir: str | os.PathLike, hosts: Sequence[str] = LOOPBACK
+    workdir: str | os.PathLike, names: Sequence[str] = ()
 ) -> types.ASGIApp:
   """The dashboard of one run.
 
@@ -110,9 +146,9 @@ def application(
 
   Args:
     workdir: the run's directory.
-    hosts: names by which a browser may call it; "*": any. A page of another
-      site could otherwise read the archive through a name of its own that it
-      points here (DNS rebinding).
+    names: by which a browser may call it, beside localhost and addresses. A
+      page of another site could otherwise read the archive through a name of
+      its own that it points here (DNS rebinding).
 
   Raises:
     store_lib.StoreError: if there is no run, or its archive is damaged or of a
@@ -134,10 +170,13 @@ def application(
           get("/live/progress", site.progress),
           get(query_lib.PROGRAMS, site.programs),
           get("/program/{digest}", site.program),
-          get("/completion/{arm}/{iteration:int}/{item:int}", site.completion),
+          get(
+              "/completion/{arm}/{iteration:number}/{item:number}",
+              site.completion,
+          ),
           get("/answers/{model:path}/{split}", site.answers),
-          get("/pairs/{iteration:int}", site.pairs),
-          get("/pairs/{iteration:int}/{item:int}", site.pair),
+          get("/pairs/{iteration:number}", site.pairs),
+          get("/pairs/{iteration:number}/{item:number}", site.pair),
           get("/static/page.css", _style),
           routing.Mount(
               "/static",
@@ -146,8 +185,8 @@ def application(
       ],
       middleware=[
           middleware.Middleware(
-              trustedhost.TrustedHostMiddleware,
-              allowed_hosts=list(hosts),
+              _Hosts,
+              allowed_hosts=["localhost", *names],
               www_redirect=False,
           ),
       ],
@@ -247,8 +286,8 @@ class _Site:
       if seen[1] == about["table_version"]:
         return responses.Response(status_code=204)
       answer = self._page(store, "programs.html", state=state, **about)
-    shown = parse.urlsplit(request.headers.get("hx-current-url", ""))
-    if shown.path == query_lib.PROGRAMS and not seen[1]:
+    shown = re.split("[?#]", request.headers.get("hx-current-url", ""))[0]
+    if shown.endswith(query_lib.PROGRAMS) and not seen[1]:
       # The way back from a program leads to the table as it was.
       answer.headers["hx-replace-url"] = query.address()
     return answer
@@ -262,6 +301,7 @@ class _Site:
         verdict=query.verdict,
         arm=query.arm,
         iteration=query.iteration,
+        candidate_of=query.candidate_of,
         sort=query.sort,
         ascending=query.ascending,
         limit=query.rows,
@@ -293,10 +333,7 @@ class _Site:
     key = request.path_params
     with self.archive.read() as store:
       found = queries.completion(
-          store,
-          key["arm"],
-          query_lib.small(key["iteration"]),
-          query_lib.small(key["item"]),
+          store, key["arm"], key["iteration"], key["item"]
       )
       return self._page(store, "completion.html", w=found)
 
@@ -304,14 +341,18 @@ class _Site:
     model, split = request.path_params["model"], request.path_params["split"]
     number = query_lib.number(request, "page") or 0
     with self.archive.read() as store:
-      activity, provenance = queries.score_origin(store, model, split)
       found, total = queries.answers(store, model, split, _ROWS, number * _ROWS)
+      # Without a merged model there are no answers.
+      origins = queries.answered_by(store, model, split) or [
+          queries.score_origin(store, model, split)
+      ]
+      score = store.score(model, split)
       return self._page(
           store,
           "answers.html",
-          score=store.score(model, split),
-          activity=activity,
-          provenance=provenance,
+          score=score,
+          answering=store.score(score.reused or model, split),
+          origins=origins,
           answers=found,
           total=total,
           page=number,
@@ -319,7 +360,7 @@ class _Site:
       )
 
   def pairs(self, request: requests.Request):
-    iteration = query_lib.small(request.path_params["iteration"])
+    iteration = request.path_params["iteration"]
     number = query_lib.number(request, "page") or 0
     with self.archive.read() as store:
       pairs = store.pairs(iteration)
@@ -336,13 +377,10 @@ class _Site:
       )
 
   def pair(self, request: requests.Request):
-    iteration = query_lib.small(request.path_params["iteration"])
-    item = request.path_params["item"]
+    key = request.path_params
     with self.archive.read() as store:
-      for pair in store.pairs(iteration):
-        if pair.item == item:
-          return self._page(store, "pair.html", pair=pair)
-    raise exceptions.HTTPException(404, f"no pair {item} of round {iteration}")
+      found = queries.pair(store, key["iteration"], key["item"])
+      return self._page(store, "pair.html", pair=found)
 
   def trouble(self, _, error: Exception):
     """One line that helps, and no traceback."""

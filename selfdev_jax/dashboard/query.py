@@ -3,6 +3,7 @@
 import dataclasses
 from urllib import parse
 
+from starlette import convertors
 from starlette import exceptions
 from starlette import requests
 
@@ -15,12 +16,16 @@ _DIGITS = 9  # More than any list has; SQLite takes twice as many.
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-  """See `inspection.queries.programs`; `page` counts from 0, in `rows`."""
+  """See `inspection.queries.programs`.
+
+  `candidates` is "ARM/ITERATION"; `page` counts from 0, in `rows`.
+  """
 
   search: str = ""
   verdict: str = ""
   arm: str = ""
   iteration: int | None = None
+  candidates: str = ""
   sort: str = "dev"
   ascending: bool = False
   page: int = 0
@@ -34,11 +39,24 @@ class Query:
         verdict=values.get("verdict", ""),
         arm=values.get("arm", ""),
         iteration=number(request, "iteration"),
+        candidates=values.get("candidates", ""),
         sort=values.get("sort", "dev"),
         ascending=values.get("ascending") == "1",
         page=number(request, "page") or 0,
         rows=min(number(request, "rows") or _ROWS, _MOST_ROWS),
     )
+
+  @property
+  def candidate_of(self) -> tuple[str, int] | None:
+    """Arm and iteration.
+
+    Raises:
+      HTTPException: if the iteration is no number.
+    """
+    if not self.candidates:
+      return None
+    arm, _, iteration = self.candidates.partition("/")
+    return arm, _number("the iteration of candidates", iteration)
 
   def address(self, **changes: object) -> str:
     """Of the same table, but for the changes."""
@@ -67,8 +85,10 @@ def number(request: requests.Request, name: str) -> int | None:
     HTTPException: if it is no number.
   """
   text = request.query_params.get(name, "")
-  if not text:
-    return None
+  return _number(name, text) if text else None
+
+
+def _number(name, text):
   if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS):
     raise exceptions.HTTPException(
         400, f"{name} has to be a number, not {text[:40]!r}"
@@ -76,12 +96,10 @@ def number(request: requests.Request, name: str) -> int | None:
   return int(text)
 
 
-def small(value: int) -> int:
-  """A number of a path; no list has one as large as SQLite does not take.
+class _Number(convertors.IntegerConvertor):
+  """A number of a path, as long as one of the parameters."""
 
-  Raises:
-    HTTPException: if it is larger.
-  """
-  if value >= 10**_DIGITS:
-    raise exceptions.HTTPException(404, f"{value} is too large")
-  return value
+  regex = f"[0-9]{{1,{_DIGITS}}}"
+
+
+convertors.register_url_convertor("number", _Number())

@@ -1,5 +1,6 @@
 """Answers on an address of this machine until Ctrl-C."""
 
+import errno
 import ipaddress
 import os
 import socket
@@ -28,7 +29,8 @@ def serve(workdir: str | os.PathLike, host: str, port: int):
   with listener:
     own = _is_loopback(listener.getsockname()[0])
     print(f"Reading {workdir}", file=sys.stderr, flush=True)
-    site = app.application(workdir, app.LOOPBACK if own else ("*",))
+    names = (host,) if own else (host, socket.gethostname())
+    site = app.application(workdir, names)
     if not own:
       progress.note(
           f"--host={host} is not a loopback address: whoever reaches it can"
@@ -59,15 +61,16 @@ def _listen(host, port):
   try:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     return socket.create_server((host, port), family=family)
-  except socket.gaierror as error:
-    raise errors.UserError(
-        f"--host={host} is no address of this machine: {error.strerror}"
-    ) from None
-  except OSError as error:
-    raise errors.UserError(
-        f"cannot listen on {host}, port {port} ({error.strerror}); choose"
-        " another --port"
-    ) from None
+  except (OSError, UnicodeError) as error:
+    reason = getattr(error, "strerror", error)
+    line = f"--host={host} is no address of this machine: {reason}"
+    is_name = isinstance(error, (socket.gaierror, UnicodeError))
+    if not is_name and error.errno != errno.EADDRNOTAVAIL:
+      line = (
+          f"cannot listen on {host}, port {port} ({reason}); choose another"
+          " --port"
+      )
+    raise errors.UserError(line) from None
 
 
 def _is_loopback(address):

@@ -18,6 +18,8 @@ from selfdev_jax import store as store_lib
 
 BEST = "best"  # The name of the program that the run settled on.
 SORTS = ("dev", "test", "found", "hash", "size")
+# Models that no program gave, by how their names begin.
+FAMILIES = ("seed", "expert", *records.SWEEPS)
 ADMITTED = "admitted"
 REJECTED = "rejected"
 RUN = "run"  # The stage of a program whose merge failed on the weights.
@@ -742,6 +744,48 @@ def baselines(store: store_lib.Store) -> list[Baseline]:
       Baseline(*row[:2], _score(row[2:middle]), _score(row[middle:]))
       for row in rows
   ]
+
+
+def scores(
+    store: store_lib.Store,
+    family: str,
+    limit: int | None = 50,
+    offset: int = 0,
+) -> tuple[list[tuple[records.Score, records.Score | None]], int]:
+  """Scores of a family's models, and how many models there are.
+
+  Args:
+    store: an archive.
+    family: one of FAMILIES.
+    limit: of models; None: all.
+    offset: models to leave out before.
+
+  Returns:
+    (development, test) score of each, the highest on development first.
+
+  Raises:
+    UserError: if none has a score.
+  """
+  source = (
+      "FROM scores dev LEFT JOIN scores test"
+      " ON test.model = dev.model AND test.split = 'test'"
+      " WHERE dev.split = 'dev' AND dev.program IS NULL"
+      " AND substr(dev.model, 1, instr(dev.model || ':', ':') - 1) = :family"
+  )
+  ((total,),) = store.rows(f"SELECT COUNT(*) {source}", family=family)
+  if not total:
+    raise errors.UserError(f"{store.workdir} has no score of {family}")
+  rows = store.rows(
+      f"SELECT {_score_columns('dev', 'dev')}, {_score_columns('test', 'test')}"
+      f" {source} ORDER BY {_accuracy('dev', 'dev')} DESC NULLS LAST, dev.rowid"
+      " LIMIT :limit OFFSET :offset",
+      family=family,
+      limit=-1 if limit is None else limit,
+      offset=offset,
+  )
+  return [
+      (_score(row[:_SCORE_WIDTH]), _score(row[_SCORE_WIDTH:])) for row in rows
+  ], total
 
 
 _BY_ITERATION = "GROUP BY arm, iteration"

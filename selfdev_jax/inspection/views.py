@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from selfdev_jax import config as config_lib
+from selfdev_jax import errors
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
 from selfdev_jax.inspection import compare as compare_lib
@@ -31,7 +32,7 @@ class View:
     document: gives what `json.dumps` takes.
     columns: of the CSV.
     rows: gives its rows; fractions are raw.
-    write: gives the text.
+    write: gives the text, in which `show` escapes control characters.
   """
 
   document: Callable[[], Any]
@@ -45,7 +46,7 @@ class View:
       return json.dumps(self.document(), indent=2)
     if form == "csv":
       return text.as_csv(self.columns, self.rows())
-    return self.write()
+    return text.visible(self.write())
 
 
 def _command(store, *flags):
@@ -59,9 +60,14 @@ def _command(store, *flags):
 
 
 def _leads(*lines: tuple[str, str]) -> str:
-  return "\n".join(
-      ["Further:", *(f"  {text.visible(c)}   # {what}" for c, what in lines)]
-  )
+  return "\n".join(["Further:", *(f"  {c}   # {what}" for c, what in lines)])
+
+
+def _next(store, flags, end, total):
+  """The lead to the rest of a list of which `end` lines were shown."""
+  if end >= total:
+    return []
+  return [(_command(store, *flags, f"--offset={end}"), "the next")]
 
 
 # The run.
@@ -109,6 +115,13 @@ def overview(store: store_lib.Store) -> View:
                 "what an iteration's mean is of",
             ),
             (_command(store, "--program=best"), "one in full"),
+            *(
+                (
+                    _command(store, f"--scores={b.name.partition(':')[0]}"),
+                    "all of a baseline's models",
+                )
+                for b in baselines[-1:]
+            ),
             (
                 _command(store, "--answers=seed", "--split=dev"),
                 "the generations behind a score",
@@ -182,10 +195,16 @@ _ROW_COLUMNS = (
 
 
 def programs(
-    store: store_lib.Store, *, limit: int, offset: int, **filters: Any
+    store: store_lib.Store, *, limit: int | None, offset: int, **filters: Any
 ) -> View:
-  """The list of programs; see `queries.programs`."""
+  """The list of programs; see `queries.programs`.
+
+  Raises:
+    UserError: if the run has no such verdict, or no such candidates.
+  """
   rows, total = queries.programs(store, limit=limit, offset=offset, **filters)
+  if not total:
+    _check_filters(store, **filters)
 
   def write():
     lines = [
@@ -222,6 +241,29 @@ def programs(
       lambda: map(_flat_row, rows),
       write,
   )
+
+
+def _check_filters(store, *, verdict="", candidate_of=None, **_):
+  reasons = queries.rejections(store)
+  known = {"", queries.ADMITTED, queries.REJECTED}
+  known |= {r.stage for r in reasons} | {f"{r.stage}:{r.code}" for r in reasons}
+  if verdict not in known:
+    there = text.line(", ".join(sorted(known - {""})), 1000)
+    raise errors.UserError(
+        f"{store.workdir} has no verdict {verdict!r}; it has {there}"
+    )
+  places = [
+      (i.arm, i.iteration) for i in queries.iterations(store) if i.candidates
+  ]
+  if candidate_of and candidate_of not in places:
+    there = ", ".join(f"{arm}/{t}" for arm, t in places)
+    why = f"it has {there or 'none yet'}"
+    if candidate_of == (records.CONTROL, 1):
+      why = f"the control's first iteration is {records.LOOP}/1"
+    arm, t = candidate_of
+    raise errors.UserError(
+        f"{store.workdir} has no candidates of {arm}/{t}; {why}"
+    )
 
 
 def _extent(shown, total, offset):
@@ -468,7 +510,7 @@ def _made(activity: records.Activity) -> str:
   if activity.started is not None:
     began = time.gmtime(activity.started)
     said += time.strftime(", begun %Y-%m-%d %H:%M:%S UTC", began)
-  return text.visible(
+  return (
       f"{said} (activity {activity.id}, seed {activity.seed}, session"
       f" {activity.session})"
   )
@@ -483,14 +525,62 @@ def _sessions(
     values = config_lib.flatten(dict(provenance)).items()
     said = ", ".join(f"{k} {v}" for k, v in values if v != "")
     lines[activity.session] = f"Session {activity.session}: {said}"
-  return "\n".join(text.visible(lines[key]) for key in sorted(lines))
+  return "\n".join(lines[key] for key in sorted(lines))
 
 
 # What lies behind.
 
 
+def scores(
+    store: store_lib.Store, family: str, limit: int | None, offset: int
+) -> View:
+  """The models of one of `queries.FAMILIES`, the best first."""
+  found, total = queries.scores(store, family, limit, offset)
+
+  def write():
+    title = (
+        f"{_extent(len(found), total, offset)} models of {family} (accuracy in"
+        " %, 95 % interval)"
+    )
+    lines = [
+        (dev.model, _accuracy(dev), _accuracy(test)) for dev, test in found
+    ]
+    leads = [
+        (
+            _command(store, f"--answers={dev.model}", f"--split={dev.split}"),
+            "the generations behind a score",
+        )
+        for dev, _ in found[:1]
+    ]
+    leads += _next(store, [f"--scores={family}"], offset + len(found), total)
+    table = text.table(title, ["model", "development", "test"], lines)
+    return "\n\n".join([table] + ([_leads(*leads)] if leads else []))
+
+  return View(
+      lambda: {
+          "family": family,
+          "total": total,
+          "offset": offset,
+          "models": [
+              {"model": dev.model, "dev": _score(dev), "test": _score(test)}
+              for dev, test in found
+          ],
+      },
+      ("model", *_ROW_COLUMNS[8:]),
+      lambda: (
+          [dev.model, *_flat_score(dev), *_flat_score(test)]
+          for dev, test in found
+      ),
+      write,
+  )
+
+
 def answers(
-    store: store_lib.Store, model: str, split: str, limit: int, offset: int
+    store: store_lib.Store,
+    model: str,
+    split: str,
+    limit: int | None,
+    offset: int,
 ) -> View:
   """The generations behind a score."""
   found, total = queries.answers(store, model, split, limit, offset)
@@ -499,8 +589,7 @@ def answers(
 
   def write():
     blocks = [
-        f"{_extent(len(found), total, offset)} {split} answers of"
-        f" {text.visible(model)}",
+        f"{_extent(len(found), total, offset)} {split} answers of {model}",
         *(f"By {_made(activity)}" for activity, _ in origins),
         *map(_answer, found),
         _sessions(origins),
@@ -510,10 +599,8 @@ def answers(
       digest = model.removeprefix(records.PROGRAM)
       flag = f"--program={digest[:_SHORT]}"
       leads.append((_command(store, flag), "the program"))
-    if offset + len(found) < total:
-      flags = (f"--answers={model}", f"--split={split}")
-      next_ = f"--offset={offset + len(found)}"
-      leads.append((_command(store, *flags, next_), "the next"))
+    flags = [f"--answers={model}", f"--split={split}"]
+    leads += _next(store, flags, offset + len(found), total)
     if leads:
       blocks.append(_leads(*leads))
     return "\n\n".join(blocks)
@@ -658,11 +745,17 @@ def pair(store: store_lib.Store, iteration: int, item: int) -> View:
 
 
 def comparison(
-    here: store_lib.Store, there: store_lib.Store, limit: int
+    here: store_lib.Store, there: store_lib.Store, limit: int | None
 ) -> View:
-  """What differs between two runs; lists are cut at `limit` but for JSON."""
+  """What differs between two runs; `limit` cuts the lists of programs."""
   found = compare_lib.compare(here, there)
-  document = lambda: dataclasses.asdict(found) | {
+  cut = dataclasses.replace(
+      found,
+      only_here=found.only_here[:limit],
+      only_there=found.only_there[:limit],
+      scores=found.scores[:limit],
+  )
+  document = lambda: dataclasses.asdict(cut) | {
       "here": str(here.workdir),
       "there": str(there.workdir),
       "iterations": [
@@ -692,7 +785,7 @@ def comparison(
     return "\n\n".join(parts)
 
   columns = ("kind", "key", "here", "there")
-  return View(document, columns, lambda: _flat(found), write)
+  return View(document, columns, lambda: _flat(cut), write)
 
 
 def _iteration(iteration):
@@ -760,7 +853,7 @@ def _of(outcome):
 
 
 def _flat(found):
-  """The rows of the CSV, without iterations."""
+  """The rows of the CSV."""
   rows = [
       (kind, d.key, d.here, d.there)
       for kind in ("config", "identity", "versions")

@@ -22,14 +22,15 @@ def checksum(params: Params) -> str:
   no order changes: the name does not depend on the kind of device, nor on how
   the leaves are cut over several.
 
-  A changed element is always seen; exchanged elements, layers or leaves are
-  but for one case in 2^128, as if by chance. It is no protection against
+  One changed element of up to 4 bytes is always seen; other changes, such as
+  exchanged elements, layers or leaves, are but for one case in 2^128, as if by
+  chance. It is no protection against
   someone who looks for two trees of one name: for that take a cryptographic
   hash of the files, `convert.digest`.
 
   Args:
-    params: any tree of arrays, of JAX or what `np.asarray` takes, with
-      elements of 1, 2, 4 or 8 bytes.
+    params: a tree of arrays, of JAX or what `np.asarray` takes, of numbers of
+      1, 2, 4 or 8 bytes.
   """
   table = [
       [

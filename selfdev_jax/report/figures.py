@@ -362,8 +362,8 @@ DPO_PANELS = {
 def dpo(steps: Sequence[records.Step], width: int) -> str:
   """Loss, reward margin and reward accuracy of each DPO round.
 
-  The faint line is each step, the bold one a running mean over a tenth of
-  the round.
+  The faint line is each step, or every so many of a long round, the bold one
+  a running mean over a tenth of the round.
   """
   panels = [m for m in DPO_PANELS if any(m in s.metrics for s in steps)]
   stacked = width < WIDE

@@ -80,6 +80,16 @@ class Links:
     del iteration
     return ""
 
+  def candidates(self, arm: str, iteration: int) -> str:
+    """The programs that an iteration evaluated as its own."""
+    del arm, iteration
+    return ""
+
+  def rejected(self, stage: str, code: str, arm: str, iteration: int) -> str:
+    """What an iteration rejected for one reason; `arm` may be "both"."""
+    del stage, code, arm, iteration
+    return ""
+
 
 def write(store: store_lib.Store) -> pathlib.Path:
   """Writes `report.html` into the workdir, replacing an earlier one.
@@ -216,7 +226,7 @@ def context(run: reading.Run) -> dict[str, Any]:
       ),
       "iterations": summary_lib.iteration_rows(summary),
       "models": models,
-      "chosen": {n: _chosen(n, e) for n, e in models.items()},
+      "chosen": {name: _chosen(entry) for name, entry in models.items()},
       "rejections": _rejections(store, run),
       "dpo_rounds": sorted({s.iteration for s in steps}),
       "sampling": words.sampling(summary),
@@ -355,9 +365,8 @@ def _models(summary):
   return {"best": best | {"model": model}} | summary["baselines"]
 
 
-def _chosen(name, entry):
+def _chosen(entry):
   """What the search settled on, of a model that is the best of several."""
-  del name
   kind, _, settings = entry["model"].partition(":")
   if kind in ("seed", "expert"):
     return ""

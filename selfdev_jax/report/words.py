@@ -90,12 +90,19 @@ def sampling(summary: Mapping[str, Any]) -> str:
   return " ".join(sentences)
 
 
+# What is missing may only be not done yet.
+_OPEN = (
+    "Some programs have not answered everything yet, or were stopped; they"
+    " count by what they were asked, which the intervals of means leave out."
+)
+
+
 def racing(summary: Mapping[str, Any]) -> str:
-  """What races and known fingerprints saved; empty where nothing, or so far."""
+  """What races and known fingerprints saved; empty where nothing."""
   answers = summary["answers"]
-  if not answers["search_over"]:
-    return ""
   asked, whole = answers["asked"], answers["without_race"]
+  if not answers["search_over"]:
+    return _OPEN if asked < whole else ""
   sentences = []
   if asked < whole:
     sentences.append(
@@ -121,7 +128,7 @@ def lift_sentence(summary: Mapping[str, Any]) -> str:
   """Did refining the factory raise what it writes?"""
   if not summary["lift"]:
     return (
-        "There is no iteration yet in which the loop and its control can be"
+        "There is no iteration in which the loop and its control can be"
         " compared."
     )
   last = summary["lift"][-1]
@@ -137,6 +144,8 @@ def lift_sentence(summary: Mapping[str, Any]) -> str:
 def best_sentence(summary: Mapping[str, Any]) -> str:
   """Does the best program beat each baseline on the test set?"""
   best, paired = summary["best"], summary["paired"]
+  if best["program_id"] is None:
+    return "There is no best program: none has been scored."
   if best["test"] is None:
     return "The best program has not been scored on the test set yet."
   sentence = (

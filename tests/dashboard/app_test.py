@@ -20,7 +20,7 @@ _ADDRESS = "http://127.0.0.1:8642"
 
 def _client(workdir):
   return testclient.TestClient(
-      app.application(workdir),
+      app.application(workdir, ["box"]),
       base_url=_ADDRESS,
       raise_server_exceptions=False,
   )
@@ -98,11 +98,25 @@ def test_first_page_has_the_sections_of_the_report(pages):
         ("/programs?iteration=1&sort=dev", ["d2", "d1"]),
         ("/programs?search=base&sort=test", ["d3", "d2"]),
         ("/programs?rows=2&page=1&sort=dev", ["d5", "d1"]),
+        # d3, which the loop wrote first, is none of them.
+        ("/programs?candidates=control/2", ["d5", "d6"]),
     ],
 )
 def test_search_filter_and_sort(client, address, wanted):
   found = re.findall(r'href="/program/(\w+)"', client.get(address).text)
   assert found[: len(wanted)] == wanted
+
+
+def test_a_failed_merge_leads_to_its_origin(pages):
+  link = '<a href="/answers/program%3Ad4/dev">no merged model</a>'
+  assert link in pages["/program/d4"]
+  assert "in the stage" in pages["/answers/program%3Ad4/dev"]
+
+
+def test_a_long_list_says_where_the_rest_is(client, monkeypatch):
+  monkeypatch.setattr(app, "_FEW", 1)
+  text = client.get("/program/d1").text
+  assert "and 3 more; <code>python -m launch.inspect --workdir=" in text
 
 
 def test_page_beyond_the_last_says_so(client):
@@ -117,11 +131,13 @@ def test_page_beyond_the_last_says_so(client):
         ("/programs?sort=x", 404, "cannot sort by"),
         ("/program/zzz", 404, "no program"),
         ("/completion/loop/9/0", 404, "no completion loop/9/0"),
-        ("/completion/loop/1/99999999999999999999", 404, "too large"),
+        ("/programs?candidates=loop", 400, "iteration of candidates has to"),
+        (f"/completion/loop/1/{'9' * 5000}", 404, "Not Found"),
+        (f"/pairs/{'9' * 5000}", 404, "Not Found"),
         ("/answers/nothing/dev", 404, "no dev score"),
         ("/answers/seed/train", 404, "no train score"),
         ("/pairs/9", 404, "no pairs of round 9"),
-        ("/pairs/1/9", 404, "no pair 9 of round 1"),
+        ("/pairs/1/9", 404, "no pair 1/9; it has 1/0 to 0"),
         ("/nowhere", 404, "Not Found"),
         ("/static/../app.py", 404, "Not Found"),
         ("/static/%2e%2e/app.py", 404, "Not Found"),
@@ -161,6 +177,10 @@ def test_head(client):
         ("127.0.0.1:8642", 200),
         ("localhost", 200),
         ("[::1]:8642", 200),
+        ("192.168.7.7", 200),
+        ("box:8642", 200),
+        ("2001:db8::1.evil.example", 400),
+        ("192.168.7.7.evil.example", 400),
         ("evil.example", 400),
         ("localhost.evil.example:8642", 400),
     ],
@@ -169,6 +189,40 @@ def test_other_names_of_this_machine_are_refused(client, host, status):
   answer = client.get("/programs", headers={"host": host})
   assert answer.status_code == status
   assert "content-security-policy" in answer.headers
+
+
+def test_a_broken_address_of_the_page_is_none(client):
+  headers = {"hx-current-url": "http://[/"}
+  assert client.get("/programs", headers=headers).status_code == 200
+
+
+def test_numbers_lead_to_what_they_are_of(client, pages):
+  text = pages["/"].replace("&amp;", "&")
+  assert '<dt>seed model</dt>\n<dd><b><a href="/answers/seed/test">' in text
+  links = re.findall(r'<td[^>]*><a href="(/programs\?.*?)">([\d.]+)<', text)
+  # Of three lists four numbers each, of which d4's iteration has all, and
+  # three reasons for a rejection.
+  assert len(links) == 3 * 4 + 3
+  for address, number in links:
+    if "." not in number:
+      rows = client.get(address).text.count('<th scope="row"')
+      assert rows == int(number), address
+
+
+def test_answers_name_the_computation_behind_them(tmp_path, small):
+  """Of a score that was taken from another, that one's."""
+  with small.build(tmp_path, "admitted") as store:
+    score = records.Score("program:d2", "dev", 1, 1, weights="checksum")
+    answer = records.Response(0, "dev 0", "1", "1", "1", True)
+    small.score(store, score, responses=[answer])
+    with store.activity("loop", 1, "reuse"):
+      store.add_score(
+          records.Score("program:d1", "dev", 1, 1, reused=score.model)
+      )
+  with _client(tmp_path) as client:
+    text = client.get("/answers/program:d1/dev").text
+  assert re.findall("in the stage <strong>(.*?)<", text) == ["evaluate"]
+  assert "checksum</code></td>" in text
 
 
 def test_a_browser_gets_only_what_changed(running):

@@ -219,6 +219,10 @@ def test_frozen_page_works_from_the_disk(visit, report):
   # What has no score stays last.
   last = page.locator("table.programs tbody tr").last
   assert last.locator("td").nth(3).inner_text().strip() in ("–", "non_finite")
+  for digest in ("d1", "d6"):
+    page.get_by_role("button", name="program").click()
+    assert first.locator("th").inner_text() == digest
+    assert last.locator("th").inner_text() == "none"
 
 
 @pytest.mark.slow

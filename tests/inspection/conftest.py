@@ -35,7 +35,7 @@ def _propose(store, arm, t, factory, n):
     store.add_factory(factory, "" if factory == 1 else "f00d")
     store.add_completions(
         [
-            records.Completion(arm, t, i, HOSTILE, i != 1, "jax 1", factory)
+            records.Completion(arm, t, i, HOSTILE, i != 1, HOSTILE, factory)
             for i in range(n)
         ]
     )
@@ -75,7 +75,13 @@ def _score(store, model, split, right, n=None, **rest):
       if right is None or "reused" in rest
       else [
           records.Response(
-              i, f"{split} {i}?", HOSTILE, "7", "7" * (i < right), i < right
+              i,
+              f"{split} {i}?",
+              HOSTILE,
+              "7",
+              "7" * (i < right),
+              i < right,
+              trouble="" if i < right else HOSTILE,
           )
           for i in range(n)
       ],

@@ -243,6 +243,19 @@ def test_baselines_by_hand(store):
   assert weights.dev.model == "weights:0.1"
 
 
+def test_the_models_of_a_family_by_hand(store):
+  found, total = queries.scores(store, "weights")
+  assert [dev.model for dev, _ in found] == ["weights:0.2", "weights:0.1"]
+  assert total == 2
+  assert queries.scores(store, "weights", 1, 1) == (found[1:], 2)
+  ((seed, test),), _ = queries.scores(store, "seed")
+  assert (seed.accuracy, test.accuracy) == (0.5, 1.0)
+  ((expert, test),), _ = queries.scores(store, "expert")
+  assert (expert.model, test) == ("expert:x", None)
+  with pytest.raises(errors.UserError, match="no score of ties"):
+    queries.scores(store, "ties")
+
+
 @pytest.mark.parametrize("until", ["", "begun"])
 def test_an_archive_without_programs(build, tmp_path, until):
   with store_lib.Store.read(build(tmp_path, until)) as store:

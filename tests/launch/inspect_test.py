@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from selfdev_jax import errors
+from selfdev_jax import store as store_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = _ROOT / "launch" / "inspect.py"
@@ -38,6 +39,7 @@ _QUESTIONS = [
     {"program": "best"},
     {"program": "b2"},  # Its merge failed.
     {"program": "d4"},
+    {"scores": "weights"},
     {"answers": "program:c", "split": "dev"},
     {"completion": "loop/2/1"},
     {"completion": "loop/1/1"},
@@ -70,6 +72,25 @@ def test_csv_is_a_header_and_rows(launch, workdir, question):
   assert not any(cell.startswith("=") for row in rows for cell in row)
 
 
+def test_a_terminal_is_safe_in_any_form(launch, workdir, monkeypatch):
+  question = {"completion": "loop/1/1", "format": "csv"}
+  assert "\u202e\x07evil" in launch(workdir=workdir, **question)
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+  assert "\\u202e\\x07evil" in launch(workdir=workdir, **question)
+
+
+def test_only_text_cuts_a_list_unasked(launch, tmp_path):
+  hand, n = _archive(), 51
+  with store_lib.Store.create(tmp_path, hand.CONFIG, {}, {}) as store:
+    hand._propose(store, hand.LOOP, 1, 1, n)
+    hand._admit(store, hand.LOOP, 1, [("filter", "syntax", "")] * n)
+  ask = lambda **more: launch(workdir=tmp_path, programs=True, **more)
+  assert "1 to 50 of 51" in ask()
+  assert len(json.loads(ask(format="json"))["programs"]) == n
+  assert len(ask(format="csv").splitlines()) == 1 + n
+  assert len(ask(format="csv", limit=2).splitlines()) == 1 + 2
+
+
 def test_a_number_leads_to_its_generations(launch, workdir):
   """By what each page says comes next."""
   shown = launch(workdir=workdir)
@@ -80,6 +101,11 @@ def test_a_number_leads_to_its_generations(launch, workdir):
   page = launch(workdir=workdir, program="c3")
   assert "score is that of program a1" in page
   assert "--answers=program:c3 --split=dev" in page
+  assert "--scores=weights" in shown
+  models = launch(workdir=workdir, scores="weights", limit=1)
+  assert "1 to 1 of 2 models of weights" in models
+  assert "--answers=weights:0.2 --split=dev" in models
+  assert "--scores=weights --offset=1" in models
   answers = launch(workdir=workdir, answers="program:c3", limit=1)
   assert "1 to 1 of 4 dev answers of program:c3" in answers
   assert "By loop, iteration 1, evaluate" in answers
@@ -116,6 +142,10 @@ def test_two_runs(launch, workdir, tmp_path, form):
     found = json.loads(shown)
     assert found["versions"] == [{"key": "jax", "here": "1", "there": "2"}]
     assert len(found["only_here"]) == 5
+    (best,) = json.loads(
+        launch(workdir=workdir, other=tmp_path, format=form, limit=1)
+    )["only_here"]
+    assert best == found["only_here"][0]
   else:
     assert "jax" in shown and "a9" in shown
 
@@ -137,7 +167,38 @@ def test_two_runs(launch, workdir, tmp_path, form):
         ({"answers": "seed", "split": "train"}, "one of dev, test"),
         ({"format": "xml"}, "one of text, json, csv"),
         ({"program": "a1", "pair": "1/0"}, "--program and --pair are two"),
-        ({"ir": True}, "--ir needs --program"),
+        ({"ir": True}, "--ir goes with --program"),
+        ({"verdict": "rejected"}, "--verdict goes with --programs"),
+        (
+            {"program": "a1", "limit": 3},
+            "--limit goes with --programs or --scores or --answers or --other",
+        ),
+        ({"split": "test"}, "--split goes with --answers"),
+        ({"program": ""}, "--program needs a value: A digest's beginning"),
+        ({"answers": ""}, "--answers needs a value: Model"),
+        ({"programs": True, "iteration": 0}, "--iteration has to be 1 to"),
+        ({"programs": True, "limit": 10**20}, "--limit has to be 1 to"),
+        ({"programs": True, "offset": -1}, "--offset has to be 0 to"),
+        ({"programs": True, "min_dev": "nan"}, "--min_dev has to be 0 to 1"),
+        ({"programs": True, "max_dev": 67}, "--max_dev has to be 0 to 1"),
+        ({"completion": f"loop/{10**20}/1"}, "write it like loop/2/17"),
+        ({"pair": f"1/{'9' * 5000}"}, "write it like 2/17"),
+        ({"programs": True, "search": "\udcff"}, "--search is not UTF-8"),
+        ({"answers": "\udcff"}, "--answers is not UTF-8"),
+        (
+            {"programs": True, "verdict": "trace:syntax"},
+            "no verdict 'trace:syntax'; it has .* trace:shape",
+        ),
+        (
+            {"programs": True, "candidates": "loop/77"},
+            "no candidates of loop/77; it has loop/1, loop/2, control/2",
+        ),
+        (
+            {"programs": True, "candidates": "control/1"},
+            "the control's first iteration is loop/1",
+        ),
+        ({"scores": "expert:x"}, "one of seed, expert, task_arithmetic"),
+        ({"scores": "ties"}, "has no score of ties"),
         ({"other": "/nowhere"}, "/nowhere holds no run"),
     ],
 )

@@ -1,5 +1,6 @@
 """An archive of schema 4 becomes what schema.py describes, or stays."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -31,7 +32,9 @@ _CONFIG = config_lib.Config(
     iterations=3,
     propose=config_lib.Propose(samples=3),
 )
-_SESSIONS = [{"jax": "1"}, {"jax": "2"}]
+_SESSIONS = [{"jax": "1", "cpus": 2}, {"jax": "2", "cpus": 2}]
+# Which of them did what is not known; what they have in common is.
+_EITHER = {"cpus": 2, "note": "one of the 2 sessions before schema 5"}
 _NAN = float("nan")
 
 # (arm, iteration, item, text, digest), in the order of writing. The loop
@@ -177,7 +180,7 @@ def test_what_it_held_is_read_and_the_file_stays(workdir):
   with store_lib.Store.read(workdir) as archive:
     assert archive.config() == _CONFIG
     assert archive.meta("identity") == {"prompt": "p"}
-    assert archive.sessions() == _SESSIONS
+    assert archive.sessions() == [*_SESSIONS, _EITHER]
     assert archive.completions("control", 2) == [
         records.Completion("control", 2, i, text, True, "jax 1", 1)
         for i, text in enumerate("edc")
@@ -210,7 +213,7 @@ def test_what_it_held_is_read_and_the_file_stays(workdir):
         (a.arm, a.iteration, a.stage) for a in archive.activities()[:-1]
     ] == list(_TIMINGS)
     assert archive.activities()[0] == records.Activity(
-        1, 2, "loop", 0, "single models", 7, None, 1.5
+        1, 3, "loop", 0, "single models", 7, None, 1.5
     )
   assert _bytes(workdir) == before
 
@@ -344,17 +347,25 @@ def test_it_has_the_tables_of_a_new_archive(workdir):
 
 def test_a_run_that_goes_on_upgrades_once_and_in_place(workdir, capsys):
   with _create(workdir) as archive:
-    assert archive.sessions() == [*_SESSIONS, {"jax": "3"}]
+    assert archive.sessions() == [*_SESSIONS, _EITHER, {"jax": "3"}]
     with archive.activity("loop", 3, "propose"):
       archive.add_completions(
           [records.Completion("loop", 3, 0, "x", True, "", 3)]
       )
   assert "from schema 4 to 5" in capsys.readouterr().err
   with _create(workdir) as archive:
-    assert len(archive.sessions()) == 4
+    assert len(archive.sessions()) == 5
     assert len(archive.completions("loop", 3)) == 1
     assert archive.rows("PRAGMA integrity_check") == [("ok",)]
   assert not capsys.readouterr().err
+
+
+def test_a_run_of_another_config_upgrades_nothing(workdir):
+  before = _bytes(workdir)
+  other = dataclasses.replace(_CONFIG, seed=_CONFIG.seed + 1)
+  with pytest.raises(store_lib.StoreError, match="another config"):
+    store_lib.Store.create(workdir, other, {"prompt": "p"}, {"jax": "3"})
+  assert _bytes(workdir) == before
 
 
 def _statements(workdir, monkeypatch, stop=None):

@@ -130,6 +130,12 @@ def test_every_figure_has_two_widths_and_a_label(source):
   assert source.count('class="wide"') == source.count('class="narrow"') == 5
 
 
+def test_says_which_commands_lead_to_what_is_behind_a_number(source):
+  footer = source[source.index("<footer>") :]
+  assert "launch.inspect --workdir=" in footer and "--answers=" in footer
+  assert "launch.dashboard --workdir=" in footer
+
+
 def test_table_of_programs(source):
   # d3 has the highest development score of seven programs and two rejections.
   rows = re.findall(
@@ -167,6 +173,17 @@ def test_unfinished(tmp_path, build, until):
   _Page(text)
   assert "This run is not finished" in text
   assert "nan" not in text.lower().split()
+
+
+def test_finished_without_a_scored_program(tmp_path, build):
+  with build(tmp_path, "sampled") as store:
+    about = page.context(reading.read(store)) | {"is_complete": True}
+  verdict = page.make_environment(page.Links()).get_template(
+      "sections/verdict.html"
+  )
+  text = verdict.render(about)
+  assert "no program gave a model that could be scored" in text
+  assert "not finished" not in text and " yet" not in text
 
 
 def test_writes_beside_a_writer(tmp_path, build):

@@ -140,8 +140,17 @@ def upgrade():
 
 
 def _add_activities(run, meta):
-  """One for each timing, of the last session, and one for what has none."""
-  for session in meta["sessions"] or [{}]:
+  """One for each timing, and one for what has none."""
+  sessions = meta["sessions"] or [{}]
+  if len(sessions) > 1:  # Which of them did what was not recorded.
+    common = {
+        key: value
+        for key, value in sessions[0].items()
+        if all(key in s and s[key] == value for s in sessions)
+    }
+    note = f"one of the {len(sessions)} sessions before schema 5"
+    sessions = [*sessions, common | {"note": note}]
+  for session in sessions:
     run(
         "INSERT INTO sessions (provenance) VALUES (?)",
         (json.dumps(session, sort_keys=True),),
