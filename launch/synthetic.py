@@ -80,7 +80,9 @@ _COLUMNS = {
         "model split n correct merge_s evaluate_s engine failure "
         "reused items program weights at activity"
     ),
-    "responses": "model split item text extracted correct truncated trouble activity",
+    "responses": (
+        "model split item text extracted correct truncated trouble activity"
+    ),
     "pairs": (
         "iteration item prompt chosen rejected chosen_digest "
         "rejected_digest arm chosen_iteration chosen_item "

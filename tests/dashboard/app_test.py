@@ -200,9 +200,10 @@ def test_numbers_lead_to_what_they_are_of(client, pages):
   text = pages["/"].replace("&amp;", "&")
   assert '<dt>seed model</dt>\n<dd><b><a href="/answers/seed/test">' in text
   links = re.findall(r'<td[^>]*><a href="(/programs\?.*?)">([\d.]+)<', text)
-  # Of three lists four numbers each, of which d4's iteration has all, and
-  # three reasons for a rejection.
+  # Four numbers of each of three lists, and three reasons for a rejection, of
+  # which a failed merge is listed where the program was written first.
   assert len(links) == 3 * 4 + 3
+  assert sum("arm=loop&iteration=" in address for address, _ in links) == 2
   for address, number in links:
     if "." not in number:
       rows = client.get(address).text.count('<th scope="row"')
