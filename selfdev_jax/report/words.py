@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
+from selfdev_jax.inspection import text as text_lib
+
+duration = text_lib.duration
+
 _LABELS = {
     "best": "best program",
     "control": "control (no DPO)",
@@ -52,14 +56,6 @@ def points(difference: float) -> str:
 
 def points_interval(interval: Sequence[float]) -> str:
   return f"{points(interval[0])} to {points(interval[1])}"
-
-
-def duration(seconds: float) -> str:
-  if seconds < 90:
-    return f"{seconds:.1f} s"
-  if seconds < 90 * 60:
-    return f"{seconds / 60:.1f} min"
-  return f"{seconds / 3600:.1f} h"
 
 
 def rate(units: int, seconds: float, unit: str) -> str:
