@@ -78,8 +78,8 @@ class _Hashing:
     pass
 
 
-@pytest.fixture(autouse=True, scope="package")
-def here():
+@contextlib.contextmanager
+def _here():
   """Merges and answers are made in this process, and are cheap."""
 
   def start(seed, directory, experts, scope, timeout_s):
@@ -95,8 +95,14 @@ def here():
     yield
 
 
-@pytest.fixture(scope="package")
-def finished(tmp_path_factory, random_params, here) -> pathlib.Path:
+@pytest.fixture(autouse=True, scope="module")
+def here():
+  with _here():
+    yield
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, random_params) -> pathlib.Path:
   """A directory with seed, a, b and run; not to be changed."""
   root = tmp_path_factory.mktemp("handover")
   documents = [corpus.Document("two and two is", "four")]
@@ -127,6 +133,7 @@ def finished(tmp_path_factory, random_params, here) -> pathlib.Path:
   session = {"jax": "0", "device": "cpu", "command": "self_develop --x=1"}
   with (
       store_lib.Store.create(root / "run", config, identity, session) as store,
+      _here(),
       contextlib.ExitStack() as stack,
   ):
     _fill(store, loop.load(config, paths, stack), items)
@@ -213,7 +220,7 @@ def _fill(store, loaded, items):
     pass
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def digests(finished) -> dict[str, str]:
   """Of the programs, by name."""
   with store_lib.Store.read(finished / "run") as store:
@@ -221,7 +228,7 @@ def digests(finished) -> dict[str, str]:
   return {name: found[i].digest for i, name in enumerate(_BODIES)}
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def sources() -> dict[str, str]:
   """Of the programs, by name."""
   return {name: _source(name) for name in _BODIES}
