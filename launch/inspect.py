@@ -8,6 +8,7 @@ r"""Answers questions about a run from its archive, also while it runs.
   python -m launch.inspect --workdir=DIR --program=best --ir
   python -m launch.inspect --workdir=DIR --scores=ties   # all models of a sweep
   python -m launch.inspect --workdir=DIR --answers=program:best --split=test
+  python -m launch.inspect --workdir=DIR --completions=loop/2
   python -m launch.inspect --workdir=DIR --completion=loop/2/17
   python -m launch.inspect --workdir=DIR --pair=1/0
   python -m launch.inspect --workdir=DIR --other=DIR       # what differs
@@ -79,6 +80,9 @@ _ANSWERS = flags.DEFINE_string(
     "Model whose generations to list: program:ID, seed, ...",
 )
 _SPLIT = flags.DEFINE_string("split", records.DEV, "Of the answers: dev, test.")
+_COMPLETIONS = flags.DEFINE_string(
+    "completions", None, "ARM/ITERATION whose completions to list."
+)
 _COMPLETION = flags.DEFINE_string("completion", None, "ARM/ITERATION/ITEM.")
 _PAIR = flags.DEFINE_string("pair", None, "ITERATION/ITEM.")
 _OTHER = flags.DEFINE_string("other", None, "Another run, to compare with.")
@@ -92,6 +96,7 @@ _QUESTIONS = {
     "program": ("ir",),
     "scores": ("limit", "offset"),
     "answers": ("split", "limit", "offset"),
+    "completions": ("limit", "offset"),
     "completion": (),
     "pair": (),
     "other": ("limit",),
@@ -181,6 +186,9 @@ def _view(store):
     if model.startswith(records.PROGRAM):
       model = records.PROGRAM + queries.find(store, model)
     return views.answers(store, model, split, _limit(), _OFFSET.value)
+  if _COMPLETIONS.value:
+    where = _place(_COMPLETIONS, "loop/2")
+    return views.completions(store, *where, _limit(), _OFFSET.value)
   if _COMPLETION.value:
     return views.completion(store, *_place(_COMPLETION, "loop/2/17"))
   if _PAIR.value:

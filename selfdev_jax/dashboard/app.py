@@ -72,6 +72,12 @@ class _Links(page_lib.Links):
   def completion(self, arm, iteration, item):
     return f"/completion/{_quoted(arm)}/{iteration}/{item}"
 
+  def completions(self, arm, iteration, admitted=False):
+    # The first iteration of both arms is the same.
+    arm = records.LOOP if arm == "both" else arm
+    address = f"/completions/{_quoted(arm)}/{iteration}"
+    return f"{address}?admitted=1" if admitted else address
+
   def answers(self, model, split):
     return f"/answers/{_quoted(model)}/{split}"
 
@@ -174,6 +180,7 @@ def application(
               "/completion/{arm}/{iteration:number}/{item:number}",
               site.completion,
           ),
+          get("/completions/{arm}/{iteration:number}", site.completions),
           get("/answers/{model:path}/{split}", site.answers),
           get("/pairs/{iteration:number}", site.pairs),
           get("/pairs/{iteration:number}/{item:number}", site.pair),
@@ -336,6 +343,34 @@ class _Site:
           store, key["arm"], key["iteration"], key["item"]
       )
       return self._page(store, "completion.html", w=found)
+
+  def completions(self, request: requests.Request):
+    arm = request.path_params["arm"]
+    iteration = request.path_params["iteration"]
+    is_admitted = request.query_params.get("admitted") == "1"
+    number = query_lib.number(request, "page") or 0
+    with self.archive.read() as store:
+      found, total = queries.completions(
+          store,
+          arm,
+          iteration,
+          is_admitted=is_admitted,
+          limit=_ROWS,
+          offset=number * _ROWS,
+      )
+      address = _Links().completions(arm, iteration, is_admitted)
+      return self._page(
+          store,
+          "completions.html",
+          arm=arm,
+          iteration=iteration,
+          is_admitted=is_admitted,
+          completions=found,
+          total=total,
+          page=number,
+          limit=_ROWS,
+          turned=f"{address}{'&' if is_admitted else '?'}page=",
+      )
 
   def answers(self, request: requests.Request):
     model, split = request.path_params["model"], request.path_params["split"]

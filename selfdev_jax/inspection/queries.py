@@ -117,6 +117,30 @@ class Writing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampled:
+  """A completion in the list of an iteration's.
+
+  Attributes:
+    item: its number.
+    finished: not cut at the token limit.
+    digest: of the program that it gave; None: rejected, or not judged yet.
+    stage: where it was rejected; "run": its merge failed on the weights; empty
+      where it was not, None where it is not judged yet.
+    code: why.
+    message: likewise, in a sentence.
+    dev: score of its program on the development set.
+  """
+
+  item: int
+  finished: bool
+  digest: str | None
+  stage: str | None
+  code: str | None
+  message: str | None
+  dev: records.Score | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Factory:
   """What wrote an iteration's completions."""
 
@@ -556,6 +580,71 @@ def _distances(others: np.ndarray, own: np.ndarray) -> np.ndarray:
   parts = abs(x - y) / np.where(scale > 0, scale, 1.0)
   total = np.where(finite, parts, 0.0).sum(axis=(1, 2))
   return np.where(comparable, total / max(finite.sum(), 1), np.inf)
+
+
+def completions(
+    store: store_lib.Store,
+    arm: str,
+    iteration: int,
+    *,
+    is_admitted: bool = False,
+    limit: int | None = 50,
+    offset: int = 0,
+) -> tuple[list[Sampled], int]:
+  """What an arm sampled in an iteration, and how many there are.
+
+  Args:
+    store: an archive.
+    arm: whose; the control's first iteration is the loop's.
+    iteration: from 1.
+    is_admitted: only those that `Iteration.admitted` counts.
+    limit: of completions; None: all.
+    offset: completions to leave out before.
+
+  Raises:
+    UserError: if the arm has sampled nothing in that iteration.
+  """
+  ended = [
+      _unless_failed(f"'{RUN}'", "x.stage"),
+      _unless_failed(_FAILURE, "x.code"),
+      _unless_failed(f"'{_RUN_MESSAGE}'", "x.message"),
+  ]
+  source = (
+      "FROM completions c LEFT JOIN verdicts x USING (arm, iteration, item)"
+      f" {_JOIN_DEV} WHERE c.arm = :arm AND c.iteration = :iteration"
+  )
+  if is_admitted:
+    source += f" AND {ended[0]} = ''"
+  key = {"arm": arm, "iteration": iteration}
+  ((total,),) = store.rows(f"SELECT COUNT(*) {source}", **key)
+  if not total:
+    _check_sampled(store, arm, iteration)
+  rows = store.rows(
+      f"SELECT c.item, c.finished, x.digest, {', '.join(ended)},"
+      f" {_score_columns('dev', 'dev_of')} {source}"
+      " ORDER BY c.item LIMIT :limit OFFSET :offset",
+      **key,
+      limit=-1 if limit is None else limit,
+      offset=offset,
+  )
+  return [
+      Sampled(row[0], bool(row[1]), *row[2:6], _score(row[6:])) for row in rows
+  ], total
+
+
+def _check_sampled(store, arm, iteration):
+  rounds = store.rows(
+      "SELECT DISTINCT arm, iteration FROM completions"
+      " ORDER BY iteration, arm = 'control'"
+  )
+  if (arm, iteration) not in map(tuple, rounds):
+    there = ", ".join(f"{a}/{t}" for a, t in rounds)
+    why = f"it has {there or 'none yet'}"
+    if (arm, iteration) == (records.CONTROL, 1):
+      why = f"the control's first iteration is {records.LOOP}/1"
+    raise errors.UserError(
+        f"{store.workdir} has no completions of {arm}/{iteration}; {why}"
+    )
 
 
 def completion(

@@ -111,8 +111,12 @@ def overview(store: store_lib.Store) -> View:
         _leads(
             (_command(store, "--programs"), "what was written"),
             (
+                _command(store, "--completions=loop/1"),
+                "all that an iteration sampled",
+            ),
+            (
                 _command(store, "--programs", "--candidates=loop/1"),
-                "what an iteration's mean is of",
+                "what its mean is of",
             ),
             (_command(store, "--program=best"), "one in full"),
             *(
@@ -264,6 +268,70 @@ def _check_filters(store, *, verdict="", candidate_of=None, **_):
     raise errors.UserError(
         f"{store.workdir} has no candidates of {arm}/{t}; {why}"
     )
+
+
+def completions(
+    store: store_lib.Store,
+    arm: str,
+    iteration: int,
+    limit: int | None,
+    offset: int,
+) -> View:
+  """What an arm sampled in an iteration, in order."""
+  found, total = queries.completions(
+      store, arm, iteration, limit=limit, offset=offset
+  )
+  place = f"{arm}/{iteration}"
+
+  def write():
+    lines = [
+        (
+            f"{place}/{c.item}",
+            c.digest[:_SHORT] if c.digest else "-",
+            _ended(c),
+            "" if c.finished else "cut",
+            _accuracy(c.dev),
+        )
+        for c in found
+    ]
+    title = (
+        f"{_extent(len(found), total, offset)} completions of {place}"
+        " (accuracy in %, 95 % interval)"
+    )
+    columns = ["completion", "program", "verdict", "length", "development"]
+    leads = [
+        (_command(store, f"--completion={place}/{c.item}"), "one in full")
+        for c in found[:1]
+    ]
+    flag = f"--completions={place}"
+    leads += _next(store, [flag], offset + len(found), total)
+    table = text.table(title, columns, lines)
+    return "\n\n".join([table] + ([_leads(*leads)] if leads else []))
+
+  names = ("item", "finished", "digest", "stage", "code", "message")
+  flat = lambda c: [getattr(c, name) for name in names]
+  return View(
+      lambda: {
+          "arm": arm,
+          "iteration": iteration,
+          "total": total,
+          "offset": offset,
+          "completions": [
+              dataclasses.asdict(c) | {"dev": _score(c.dev)} for c in found
+          ],
+      },
+      (*names, *_ROW_COLUMNS[8:13]),
+      lambda: ([*flat(c), *_flat_score(c.dev)] for c in found),
+      write,
+  )
+
+
+def _ended(completion):
+  if completion.stage is None:
+    return "not judged yet"
+  if completion.stage:
+    return f"{completion.stage}: {completion.code}"
+  return "admitted"
 
 
 def _extent(shown, total, offset):

@@ -72,6 +72,11 @@ class Links:
     del arm, iteration, item
     return ""
 
+  def completions(self, arm: str, iteration: int, admitted=False) -> str:
+    """What an iteration sampled, or what of it was let through."""
+    del arm, iteration, admitted
+    return ""
+
   def answers(self, model: str, split: str) -> str:
     del model, split
     return ""

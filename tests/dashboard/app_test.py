@@ -136,6 +136,8 @@ def test_page_beyond_the_last_says_so(client):
         (f"/pairs/{'9' * 5000}", 404, "Not Found"),
         ("/answers/nothing/dev", 404, "no dev score"),
         ("/answers/seed/train", 404, "no train score"),
+        ("/completions/loop/9", 404, "no completions of loop/9"),
+        ("/completions/x/1", 404, "no completions of x/1"),
         ("/pairs/9", 404, "no pairs of round 9"),
         ("/pairs/1/9", 404, "no pair 1/9; it has 1/0 to 0"),
         ("/nowhere", 404, "Not Found"),
@@ -208,6 +210,25 @@ def test_numbers_lead_to_what_they_are_of(client, pages):
     if "." not in number:
       rows = client.get(address).text.count('<th scope="row"')
       assert rows == int(number), address
+
+
+def test_counts_of_completions_lead_to_them(client, pages):
+  for address in ("/completions/loop/1", "/completions/loop/1?admitted=1"):
+    # In the table of iterations and below the reasons; of those that were
+    # admitted, also the distinct programs.
+    numbers = re.findall(
+        rf'<td><a href="{re.escape(address)}">(\d+)</a>', pages["/"]
+    )
+    assert len(numbers) == 2 + ("admitted" in address)
+    rows = client.get(address).text.count('<th scope="row"')
+    assert rows == int(numbers[0]) == int(numbers[-1]), address
+
+
+def test_a_long_list_of_completions_has_pages(client, monkeypatch):
+  monkeypatch.setattr(app, "_ROWS", 1)
+  address = "/completions/loop/1?admitted=1"
+  text = client.get(address).text.replace("&amp;", "&")
+  assert f'href="{address}&page=1" rel="next"' in text
 
 
 def test_answers_name_the_computation_behind_them(tmp_path, small):

@@ -17,6 +17,7 @@ _ADDRESSES = (
     "/program/d3",
     "/program/d4",
     "/answers/program%3Ad3/test",
+    "/completions/loop/1",
     "/completion/loop/2/3",
     "/pairs/1",
     "/pairs/1/0",

@@ -184,7 +184,49 @@ def test_a_completion_leads_to_its_factory_and_its_session(store):
   assert queries.factory(store, 1) == queries.Factory(1, "", 0)
 
 
+def test_completions_are_what_an_iteration_counts(store):
+  for iteration in queries.iterations(store):
+    where = (iteration.arm, iteration.iteration)
+    every, total = queries.completions(store, *where)
+    assert len(every) == total == iteration.sampled
+    admitted, total = queries.completions(store, *where, is_admitted=True)
+    assert len(admitted) == total == iteration.admitted
+    assert len({c.digest for c in admitted}) == iteration.distinct
+
+
+def test_completions_by_hand(store):
+  found, total = queries.completions(store, LOOP, 1, limit=3, offset=1)
+  assert total == 4
+  assert [(c.item, c.digest, c.stage, c.code) for c in found] == [
+      (1, None, "filter", "syntax"),
+      (2, "b2", "run", "memory"),
+      (3, "a1", "", ""),
+  ]
+  assert found[2].dev.accuracy == 0.75
+  cut = queries.completions(store, LOOP, 2)[0][1]
+  assert (cut.item, cut.finished) == (1, False)
+
+
+def test_completions_without_verdicts(build, tmp_path, config):
+  build(tmp_path, "begun")
+  with (
+      store_lib.Store.create(tmp_path, config, {}, {}) as unfinished,
+      unfinished.activity(LOOP, 1, "propose"),
+  ):
+    with pytest.raises(errors.UserError, match="it has none yet"):
+      queries.completions(unfinished, LOOP, 1)
+    unfinished.add_factory(1, "")
+    said = records.Completion(LOOP, 1, 0, "text", True, "jax 1")
+    unfinished.add_completions([said])
+    (found,), total = queries.completions(unfinished, LOOP, 1)
+    assert (found.item, found.stage, found.dev, total) == (0, None, None, 1)
+
+
 def test_what_is_not_there_is_named_with_what_is(store):
+  with pytest.raises(errors.UserError, match="loop/9; it has loop/1, loop/2"):
+    queries.completions(store, LOOP, 9)
+  with pytest.raises(errors.UserError, match="first iteration is loop/1"):
+    queries.completions(store, CONTROL, 1)
   with pytest.raises(errors.UserError, match="loop/1/9; it has loop/1/0 to 3"):
     queries.completion(store, LOOP, 1, 9)
   with pytest.raises(errors.UserError, match="pair 2/0; it has 1/0 to 1"):

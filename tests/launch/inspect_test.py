@@ -41,6 +41,7 @@ _QUESTIONS = [
     {"program": "d4"},
     {"scores": "weights"},
     {"answers": "program:c", "split": "dev"},
+    {"completions": "loop/1"},
     {"completion": "loop/2/1"},
     {"completion": "loop/1/1"},
     {"pair": "1/0"},
@@ -157,6 +158,8 @@ def test_two_runs(launch, workdir, tmp_path, form):
         ({"program": "a"}, "several programs begin with 'a'"),
         ({"answers": "nobody"}, "no dev score of 'nobody'"),
         ({"answers": "program:zz"}, "has no program 'program:zz'"),
+        ({"completions": "loop/1/1"}, "write it like loop/2 "),
+        ({"completions": "loop/7"}, "has no completions of loop/7"),
         ({"completion": "loop/1"}, "write it like loop/2/17"),
         ({"completion": "both/1/1"}, "arms: loop, control"),
         ({"completion": "loop/1/99"}, "has no completion loop/1/99"),
@@ -171,7 +174,8 @@ def test_two_runs(launch, workdir, tmp_path, form):
         ({"verdict": "rejected"}, "--verdict goes with --programs"),
         (
             {"program": "a1", "limit": 3},
-            "--limit goes with --programs or --scores or --answers or --other",
+            "--limit goes with --programs or --scores or --answers or"
+            " --completions or --other",
         ),
         ({"split": "test"}, "--split goes with --answers"),
         ({"program": ""}, "--program needs a value: A digest's beginning"),
