@@ -116,6 +116,7 @@ def _queries(workdir: pathlib.Path) -> dict[str, tuple[float, float]]:
   asked = programs | {
       "find": lambda s: queries.find(s, "best"),
       "program": lambda s: queries.program(s, best),
+      "completions": lambda s: queries.completions(s, "loop", 1, offset=1000),
       "completion": lambda s: queries.completion(s, "loop", 1, 0),
       "pair": lambda s: queries.pair(s, 1, pair.item),
       "factory": lambda s: queries.factory(s, 2),
@@ -162,6 +163,7 @@ def _commands(workdir: pathlib.Path) -> dict[str, tuple[float, float]]:
       "--program=best --format=json",
       "--program=best --ir",
       "--answers=seed --split=test",
+      "--completions=loop/1 --offset=1000",
       "--completion=loop/1/0",
       "--pair=1/0",
       f"--other={workdir}",

@@ -4,6 +4,8 @@ import os
 import pathlib
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 
 import pytest
@@ -74,6 +76,24 @@ def test_what_was_recorded_is_replayed_to_the_same_result(
   assert status == 0, err
   assert result.pop("sampled_by") == ["replay"]
   assert result == {k: v for k, v in expected.items() if k != "sampled_by"}
+
+
+def test_its_best_program_is_replayed_to_the_same_answers(
+    finished, smoke_cache
+):
+  workdir, _, _ = finished
+  environment = os.environ | {"SELFDEV_CACHE": str(smoke_cache)}
+  environment.pop("XLA_FLAGS", None)  # One device, as the run had.
+  done = subprocess.run(
+      [sys.executable, "-m", "launch.replay"]
+      + [f"--workdir={workdir}", "--program=best"],
+      cwd=pathlib.Path(__file__).parents[1],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_an_engine_and_then_the_run_are_killed_and_the_result_is_the_same(

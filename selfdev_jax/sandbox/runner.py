@@ -151,9 +151,10 @@ class Runner:
     self._shared = os.memfd_create("selfdev_runner")
     os.truncate(self._shared, size)
     self._memory = mmap.mmap(self._shared, size)
+    # The process has a working directory of its own.
     self._setup = {
-        "seed": str(directory),
-        "experts": {name: str(path) for name, path in experts.items()},
+        "seed": str(directory.absolute()),
+        "experts": {k: str(path.absolute()) for k, path in experts.items()},
         "scope": scope,
         "shared": self._shared,
         "compiled": jax.config.jax_compilation_cache_dir,

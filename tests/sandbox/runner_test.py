@@ -60,6 +60,12 @@ def test_shapes_and_notes(both):
   assert there.notes == here.notes == []
 
 
+def test_directories_may_be_relative(directory, monkeypatch):
+  monkeypatch.chdir(directory)
+  with _start(pathlib.Path()) as there:
+    assert not there.expert("b").failure
+
+
 def test_the_same_weights(both):
   here, there = both
   for merge in (
