@@ -85,8 +85,10 @@ def test_its_best_program_is_replayed_to_the_same_answers(
   environment = os.environ | {"SELFDEV_CACHE": str(smoke_cache)}
   environment.pop("XLA_FLAGS", None)  # One device, as the run had.
   done = subprocess.run(
-      [sys.executable, "-m", "launch.replay"]
-      + [f"--workdir={workdir}", "--program=best"],
+      [
+          *(sys.executable, "-m", "launch.replay"),
+          *(f"--workdir={workdir}", "--program=best"),
+      ],
       cwd=pathlib.Path(__file__).parents[1],
       env=environment,
       capture_output=True,

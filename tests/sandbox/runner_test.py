@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import signal
 import subprocess
 import sys

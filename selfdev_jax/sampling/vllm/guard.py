@@ -3,8 +3,9 @@
   python guard.py COMMAND...   with a pipe as standard input
 
 When the pipe is closed, as the kernel does however its other end dies, every
-process below this one gets SIGTERM, and SIGKILL where that is not enough. It
-runs by itself: standard library only, and nothing of this package.
+process below this one gets SIGTERM, and SIGKILL where that is not enough; the
+sockets that vLLM's processes would leave behind go too. It runs by itself:
+standard library only, and nothing of this package.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -63,13 +65,17 @@ def main():
       signal.signal(number, signal.SIG_DFL)
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-  child = subprocess.Popen(
-      sys.argv[1:], stdin=subprocess.DEVNULL, preexec_fn=follow
-  )
-  ended = os.pidfd_open(child.pid)
-  select.select([sys.stdin.fileno(), ended], [], [])
-  status = child.poll()
-  _end_all()
+  with tempfile.TemporaryDirectory(prefix="selfdev_vllm_") as sockets:
+    child = subprocess.Popen(
+        sys.argv[1:],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"VLLM_RPC_BASE_PATH": sockets},
+        preexec_fn=follow,
+    )
+    ended = os.pidfd_open(child.pid)
+    select.select([sys.stdin.fileno(), ended], [], [])
+    status = child.poll()
+    _end_all()
   if status is None:
     sys.exit(0)
   sys.exit(status if status >= 0 else KILLED - status)

@@ -191,3 +191,16 @@ def test_the_command_takes_signals_as_usual(started, tmp_path):
   process = started(*_sleeper(tmp_path / "pid"))
   os.kill(_pid(tmp_path / "pid"), signal.SIGTERM)
   assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_what_lies_in_the_directory_of_sockets_goes_too(started, tmp_path):
+  path = tmp_path / "where"
+  script = """
+      import os, pathlib, sys
+      sockets = pathlib.Path(os.environ["VLLM_RPC_BASE_PATH"])
+      (sockets / "left").touch()
+      pathlib.Path(sys.argv[1]).write_text(str(sockets))
+  """
+  process = started(*_python(script, path))
+  assert process.wait(10) == 0
+  assert path.read_text() and not pathlib.Path(path.read_text()).exists()
