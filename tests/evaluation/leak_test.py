@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 
+from selfdev_jax import board as board_lib
 from selfdev_jax import config as config_lib
 from selfdev_jax import evaluation
 from selfdev_jax import loop
@@ -166,7 +167,8 @@ def test_a_run_asks_test_questions_once_the_search_is_over(
   ):
     golds = {item.prompt: item.gold for item in (*dev, *test)}
     sampler = _Sampler(archive, golds)
-    loop._Run(config, archive, loaded, box, sampler).run()
+    board = board_lib.Board(archive)
+    loop._Run(config, archive, loaded, box, sampler, board, False).run()
     responses = archive.responses("seed", records.DEV)
 
   assert sampler.asked[False] == {item.prompt for item in dev}
