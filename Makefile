@@ -37,7 +37,7 @@ vllm-env: .venv-vllm/stamp  ## Creates .venv-vllm with vLLM for CPUs.
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-demo: env  ## The whole loop on the toy world: about 16 minutes on two cores.
+demo: env  ## The whole loop on the toy world: 12 to 16 minutes on two cores.
 	@$(BIN)/python -m launch.self_develop --config=configs/tiny.py --workdir=$(WORKDIR)
 
 test: test-fast test-slow  ## All tests, the fast ones first.
