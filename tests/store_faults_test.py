@@ -364,7 +364,9 @@ _CUTS = 40
 
 
 @pytest.fixture
-def writer():
+def writer(monkeypatch):
+  # `write` sets it, and later tests shall not have it.
+  monkeypatch.setattr(store_lib, "_BEAT_S", store_lib._BEAT_S)
   return runpy.run_path(str(_WRITER))
 
 

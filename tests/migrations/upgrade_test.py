@@ -381,6 +381,8 @@ def _statements(workdir, monkeypatch, stop=None):
   def upgrade(connection):
     sa.event.listen(connection, "before_cursor_execute", tick)
     whole(connection)
+    # What comes now is not the upgrade's, nor in its transaction.
+    sa.event.remove(connection, "before_cursor_execute", tick)
 
   with monkeypatch.context() as patch:
     patch.setattr(migrations, "upgrade", upgrade)
@@ -423,7 +425,7 @@ store.Store.create(sys.argv[1], config, {"prompt": "p"}, {})
 """
 
 
-def test_killed_it_leaves_the_old_archive(workdir, monkeypatch):
+def test_killed_it_leaves_the_old_archive(workdir, monkeypatch, capsys):
   before = _bytes(workdir)
   statements = _statements(workdir, monkeypatch)
   command = [sys.executable, "-c", _KILLED, str(workdir), str(statements)]
@@ -432,6 +434,7 @@ def test_killed_it_leaves_the_old_archive(workdir, monkeypatch):
   assert _bytes(workdir) == before
   with _create(workdir) as archive:
     assert len(archive.verdicts()) == len(_WRITTEN)
+  assert "from schema 4 to 5" in capsys.readouterr().err
 
 
 def test_what_refers_to_nothing_is_told(workdir):
