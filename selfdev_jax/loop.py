@@ -241,21 +241,35 @@ def _sampler(
     # A run that goes on goes on with what it began with.
     kind = (archive.engines() or [kind])[0].partition(" ")[0]
     progress.note(f"sampler is auto: {kind}")
-  sampler = engine_lib.open_sampler(
+  sampler = open_sampler(
+      kind, config.vllm, loaded, longest, host, archive.workdir / "vllm"
+  )
+  if host.recording is not None:
+    return sampling.Recorder(sampler, host.recording, run_id)
+  return sampler
+
+
+def open_sampler(
+    kind: str,
+    settings: config_lib.Vllm,
+    loaded: Models,
+    longest: int,
+    host: Host,
+    log_dir: pathlib.Path,
+) -> sampling.Sampler:
+  """`sampling.engine.open_sampler` for models that are loaded, on this host."""
+  return engine_lib.open_sampler(
       kind,
       loaded.decoder,
       loaded.seed,
       loaded.tokenizer,
       loaded.directory,
       longest=longest,
-      log_dir=archive.workdir / "vllm",
-      settings=config.vllm,
+      log_dir=log_dir,
+      settings=settings,
       python=host.vllm_python,
       address=host.vllm_address,
   )
-  if host.recording is not None:
-    return sampling.Recorder(sampler, host.recording, run_id)
-  return sampler
 
 
 def load(

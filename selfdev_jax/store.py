@@ -40,6 +40,18 @@ _WRITTEN = ("best", "dpo", "factories", "report.html", "tensorboard", "trace")
 SEARCH = "search"
 
 _OLDEST = 4  # Schema that can be brought up to date.
+# Scores as they are by now: one that was taken from another model is as that
+# one's. To be followed by a WHERE on `s`; `place` is the order of writing.
+SCORES = """
+SELECT s.rowid AS place, s.model, s.split, coalesce(o.n, s.n) AS n,
+  CASE WHEN s.reused IS NULL THEN s.correct ELSE o.correct END AS correct,
+  s.merge_s, s.evaluate_s, s.engine,
+  coalesce(o.failure, s.failure) AS failure, coalesce(s.reused, '') AS reused,
+  s.items, s.weights, s.at
+FROM scores s LEFT JOIN scores o ON o.model = s.reused AND o.split = s.split
+"""
+_SCORE = ", ".join(field.name for field in dataclasses.fields(records.Score))
+
 _BUSY_S = 30.0  # How long a statement waits for another process.
 _BEAT_S = 1.0  # An activity says at least so often how far it is.
 
@@ -706,29 +718,17 @@ class Store:
     One that was taken from another model is as that one's is by now.
     """
     rows = self.rows(
-        "SELECT model, split, n, correct, merge_s, evaluate_s, engine, failure,"
-        " coalesce(reused, ''), items, weights FROM scores WHERE split = :split"
-        " ORDER BY rowid",
+        f"SELECT {_SCORE} FROM ({SCORES} WHERE s.split = :split)"
+        " ORDER BY place",
         split=split,
     )
-    scores = {row[0]: records.Score(*row) for row in rows}
-    for model, score in scores.items():
-      if score.reused:
-        now = scores[score.reused]
-        scores[model] = dataclasses.replace(
-            score, n=now.n, correct=now.correct, failure=now.failure
-        )
-    return scores
+    return {row[0]: records.Score(*row) for row in rows}
 
   def score(self, model: str, split: str) -> records.Score | None:
     """One of `scores`."""
     rows = self.rows(
-        "SELECT s.model, s.split, coalesce(o.n, s.n),"
-        " CASE WHEN s.reused IS NULL THEN s.correct ELSE o.correct END,"
-        " s.merge_s, s.evaluate_s, s.engine, coalesce(o.failure, s.failure),"
-        " coalesce(s.reused, ''), s.items, s.weights FROM scores s"
-        " LEFT JOIN scores o ON o.model = s.reused AND o.split = s.split"
-        " WHERE s.model = :model AND s.split = :split",
+        f"SELECT {_SCORE} FROM"
+        f" ({SCORES} WHERE s.model = :model AND s.split = :split)",
         model=model,
         split=split,
     )

@@ -260,17 +260,8 @@ def run(
     candidates = _fit(found, config, loaded.merges.shapes, host)
     sampler = stack.enter_context(
         contextlib.closing(
-            engine_lib.open_sampler(
-                kind,
-                loaded.decoder,
-                loaded.seed,
-                loaded.tokenizer,
-                loaded.directory,
-                longest=longest,
-                log_dir=out / "vllm",
-                settings=config.vllm,
-                python=host.vllm_python,
-                address=host.vllm_address,
+            loop.open_sampler(
+                kind, config.vllm, loaded, longest, host, out / "vllm"
             )
         )
     )

@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict dtypes, nothing fetched."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -92,6 +93,29 @@ def random_params():
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
   return make
+
+
+@pytest.fixture(scope="session")
+def merging_here():
+  """A context in which merges are made in this process: another takes seconds.
+
+  It gives the MonkeyPatch that is undone at its end.
+  """
+  from selfdev_jax import convert
+  from selfdev_jax.sandbox import runner
+
+  def start(seed, directory, experts, scope, timeout_s):
+    del directory, timeout_s
+    trees = {name: convert.load(path)[1] for name, path in experts.items()}
+    return contextlib.nullcontext(runner.Merges(seed, trees, scope))
+
+  @contextlib.contextmanager
+  def context():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(runner, "Runner", start)
+      yield patch
+
+  return context
 
 
 # The whole loop in miniature, run as a user runs it.

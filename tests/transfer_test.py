@@ -124,16 +124,8 @@ def _archive(workdir, config):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def merges_here():
-  """Merges are made in this process: another costs seconds."""
-
-  def start(seed, directory, experts, scope, timeout_s):
-    del directory, timeout_s
-    trees = {name: convert.load(path)[1] for name, path in experts.items()}
-    return contextlib.nullcontext(runner.Merges(seed, trees, scope))
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(runner, "Runner", start)
+def merges_here(merging_here):
+  with merging_here():
     yield
 
 

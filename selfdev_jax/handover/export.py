@@ -125,10 +125,7 @@ def _provenance(archive, found, weights, directories) -> dict[str, Any]:
       "weights": weights,
       "stats": found.stats,
       "found": _found(archive, found),
-      "written": [
-          dict(zip(("arm", "iteration", "item", "factory"), w, strict=True))
-          for w in found.writings
-      ],
+      "written": [w._asdict() for w in found.writings],
       "models": [
           {
               "name": name,
@@ -167,14 +164,10 @@ def _found(archive, found) -> dict[str, Any]:
   """The completion that gave it first, and what sampled that."""
   row = found.row
   writing = queries.completion(archive, row.arm, row.iteration, row.item)
-  factory = writing.completion.factory
-  ((digest,),) = archive.rows(
-      "SELECT digest FROM factories WHERE iteration = :factory",
-      factory=factory,
-  )
+  factory = queries.factory(archive, writing.completion.factory)
   return {
       "completion": dataclasses.asdict(writing.completion),
-      "factory_digest": digest,
+      "factory_digest": factory.digest,
       **_by(writing.activity, writing.provenance),
   }
 

@@ -127,10 +127,11 @@ def _wanted(archive, model: str, split: str | None) -> dict[str, _Scored]:
   """
   wanted = {}
   for name in _SPLITS if split is None else (split,):
-    scores = archive.scores(name)
-    if model not in scores:
+    score = archive.score(model, name)
+    if score is None:
       continue
-    score = scores[scores[model].reused or model]
+    if score.reused:
+      score = archive.score(score.reused, name)
     if score.correct is None:
       raise errors.UserError(
           f"{model} has no merged model in {archive.workdir}: its merge failed"
@@ -166,17 +167,13 @@ def _open(kind, config, loaded, items, host, stack) -> sampling.Sampler:
   )
   return stack.enter_context(
       contextlib.closing(
-          engine_lib.open_sampler(
+          loop.open_sampler(
               kind,
-              loaded.decoder,
-              loaded.seed,
-              loaded.tokenizer,
-              loaded.directory,
-              longest=longest,
-              log_dir=cache.directory() / "replay",
-              settings=config.vllm,
-              python=host.vllm_python,
-              address=host.vllm_address,
+              config.vllm,
+              loaded,
+              longest,
+              host,
+              cache.directory() / "replay",
           )
       )
   )

@@ -4,11 +4,13 @@ Nothing here loads jax. Every function takes a `Store.read`, and so everything
 that is asked of one store is of one moment.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
 import json
 import statistics
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,6 +63,15 @@ class Row:
   test: records.Score | None
 
 
+class Written(NamedTuple):
+  """A completion that gave a program, and the iteration of its factory."""
+
+  arm: str
+  iteration: int
+  item: int
+  factory: int
+
+
 @dataclasses.dataclass(frozen=True)
 class PairPart:
   """A pair that a program took part in, and the other one in it."""
@@ -83,8 +94,7 @@ class Program:
     ir: JSON.
     stats: what the verifier counted.
     row: as in the list.
-    writings: (arm, iteration, item, iteration of the factory) of all
-      completions that gave it.
+    writings: all completions that gave it.
     dev: score on the development set.
     test: likewise on the test set.
     pairs: that it took part in.
@@ -98,7 +108,7 @@ class Program:
   ir: str
   stats: dict[str, Any]
   row: Row
-  writings: list[tuple[str, int, int, int]]
+  writings: list[Written]
   dev: records.Score | None
   test: records.Score | None
   pairs: list[PairPart]
@@ -263,6 +273,17 @@ def _unless_failed(failed: str, otherwise: str) -> str:
   )
 
 
+def _ended(verdict: str) -> str:
+  """Stage, code and message, by a verdict; its merge may have failed since."""
+  return ", ".join(
+      [
+          _unless_failed(f"'{RUN}'", f"{verdict}.stage"),
+          _unless_failed(_FAILURE, f"{verdict}.code"),
+          _unless_failed(f"'{_RUN_MESSAGE}'", f"{verdict}.message"),
+      ]
+  )
+
+
 # The list's columns of a program and of a rejected completion, `x` in either.
 _OF_PROGRAM = {
     "stage": _unless_failed(f"'{RUN}'", "''"),
@@ -412,9 +433,7 @@ def _rows(store, keys):
       SELECT x.arm, x.iteration, x.item, x.digest,
         CASE WHEN x.digest IS NULL THEN 1 ELSE
           (SELECT COUNT(*) FROM verdicts w WHERE w.digest = x.digest) END,
-        {_unless_failed(f"'{RUN}'", "v.stage")},
-        {_unless_failed(_FAILURE, "v.code")},
-        {_unless_failed(f"'{_RUN_MESSAGE}'", "v.message")},
+        {_ended("v")},
         {_score_columns("dev", "dev_of")}, {_score_columns("test", "test_of")}
       FROM x JOIN verdicts v USING (arm, iteration, item)
         {_JOIN_DEV} {_JOIN_TEST} ORDER BY x.place""",
@@ -439,18 +458,13 @@ def find(store: store_lib.Store, prefix: str) -> str:
   """
   start = prefix.removeprefix(records.PROGRAM)
   if start == BEST:
-    found = store.rows(
-        f"SELECT x.digest FROM candidates x {_JOIN_DEV} WHERE x.arm = :arm"
-        f" AND {_DEV_N} = dev.items AND {_DEV} IS NOT NULL"
-        f" ORDER BY {_DEV} DESC, x.iteration, x.position LIMIT 1",
-        arm=records.LOOP,
-    )
+    found = top(store, records.LOOP, 1)
     if not found:
       raise errors.UserError(
           f"{store.workdir} has no best program yet: none has a whole"
           " development score"
       )
-    return found[0][0]
+    return found[0]
   found = store.rows(
       "SELECT digest FROM programs WHERE digest >= :start"
       " AND digest < :start || char(1114111) ORDER BY digest LIMIT 4",
@@ -472,6 +486,23 @@ def find(store: store_lib.Store, prefix: str) -> str:
         " digits"
     )
   return digests[0]
+
+
+def top(store: store_lib.Store, arm: str, count: int) -> list[str]:
+  """Digests of an arm's best programs by development score alone.
+
+  Of those with all answers; ties to the earlier in the arm's own order: what
+  the other arm wrote too may have been scored there first.
+  """
+  rows = store.rows(
+      f"SELECT x.digest FROM candidates x {_JOIN_DEV}"
+      " WHERE x.arm = CASE x.iteration WHEN 1 THEN 'loop' ELSE :arm END"
+      f" AND {_DEV_N} = dev.items AND {_DEV} IS NOT NULL"
+      f" ORDER BY {_DEV} DESC, x.iteration, x.position LIMIT :count",
+      arm=arm,
+      count=count,
+  )
+  return [digest for (digest,) in rows]
 
 
 def program(store: store_lib.Store, prefix: str) -> Program:
@@ -511,7 +542,7 @@ def _writings(store, digest):
       " ORDER BY v.iteration, v.arm = 'control', v.item",
       digest=digest,
   )
-  return [tuple(row) for row in rows]
+  return [Written(*row) for row in rows]
 
 
 def _pairs(store, digest):
@@ -604,23 +635,18 @@ def completions(
   Raises:
     UserError: if the arm has sampled nothing in that iteration.
   """
-  ended = [
-      _unless_failed(f"'{RUN}'", "x.stage"),
-      _unless_failed(_FAILURE, "x.code"),
-      _unless_failed(f"'{_RUN_MESSAGE}'", "x.message"),
-  ]
   source = (
       "FROM completions c LEFT JOIN verdicts x USING (arm, iteration, item)"
       f" {_JOIN_DEV} WHERE c.arm = :arm AND c.iteration = :iteration"
   )
   if is_admitted:
-    source += f" AND {ended[0]} = ''"
+    source += f" AND {_OF_PROGRAM['stage']} = '' AND x.digest IS NOT NULL"
   key = {"arm": arm, "iteration": iteration}
   ((total,),) = store.rows(f"SELECT COUNT(*) {source}", **key)
   if not total:
     _check_sampled(store, arm, iteration)
   rows = store.rows(
-      f"SELECT c.item, c.finished, x.digest, {', '.join(ended)},"
+      f"SELECT c.item, c.finished, x.digest, {_ended('x')},"
       f" {_score_columns('dev', 'dev_of')} {source}"
       " ORDER BY c.item LIMIT :limit OFFSET :offset",
       **key,
@@ -638,13 +664,24 @@ def _check_sampled(store, arm, iteration):
       " ORDER BY iteration, arm = 'control'"
   )
   if (arm, iteration) not in map(tuple, rounds):
-    there = ", ".join(f"{a}/{t}" for a, t in rounds)
-    why = f"it has {there or 'none yet'}"
-    if (arm, iteration) == (records.CONTROL, 1):
-      why = f"the control's first iteration is {records.LOOP}/1"
-    raise errors.UserError(
-        f"{store.workdir} has no completions of {arm}/{iteration}; {why}"
-    )
+    raise nothing_of(store, "completions", arm, iteration, rounds)
+
+
+def nothing_of(
+    store: store_lib.Store,
+    what: str,
+    arm: str,
+    iteration: int,
+    places: Iterable[tuple[str, int]],
+) -> errors.UserError:
+  """Says what an arm's iteration has not, and which (arm, iteration) have."""
+  there = ", ".join(f"{a}/{t}" for a, t in places)
+  why = f"it has {there or 'none yet'}"
+  if (arm, iteration) == (records.CONTROL, 1):
+    why = f"the control's first iteration is {records.LOOP}/1"
+  return errors.UserError(
+      f"{store.workdir} has no {what} of {arm}/{iteration}; {why}"
+  )
 
 
 def completion(

@@ -216,7 +216,7 @@ def programs(
             row.digest[:_SHORT] if row.digest else "-",
             _place(row),
             row.written,
-            f"{row.stage}: {row.code}" if row.stage else "admitted",
+            _ended(row),
             _accuracy(row.dev),
             _accuracy(row.test),
         )
@@ -260,14 +260,7 @@ def _check_filters(store, *, verdict="", candidate_of=None, **_):
       (i.arm, i.iteration) for i in queries.iterations(store) if i.candidates
   ]
   if candidate_of and candidate_of not in places:
-    there = ", ".join(f"{arm}/{t}" for arm, t in places)
-    why = f"it has {there or 'none yet'}"
-    if candidate_of == (records.CONTROL, 1):
-      why = f"the control's first iteration is {records.LOOP}/1"
-    arm, t = candidate_of
-    raise errors.UserError(
-        f"{store.workdir} has no candidates of {arm}/{t}; {why}"
-    )
+    raise queries.nothing_of(store, "candidates", *candidate_of, places)
 
 
 def completions(
@@ -326,12 +319,11 @@ def completions(
   )
 
 
-def _ended(completion):
-  if completion.stage is None:
+def _ended(row):
+  """What became of a completion, or of a program."""
+  if row.stage is None:
     return "not judged yet"
-  if completion.stage:
-    return f"{completion.stage}: {completion.code}"
-  return "admitted"
+  return f"{row.stage}: {row.code}" if row.stage else "admitted"
 
 
 def _extent(shown, total, offset):
@@ -422,10 +414,7 @@ def program(store: store_lib.Store, prefix: str) -> View:
   document = fields | {
       "ir": json.loads(found.ir),
       "row": _row(found.row),
-      "written": [
-          dict(zip(("arm", "iteration", "item", "factory"), w, strict=True))
-          for w in found.writings
-      ],
+      "written": [w._asdict() for w in found.writings],
       "written_by": _made_by(written.activity, written.provenance),
       "scored_by": {
           split: _made_by(*origin) for split, origin in scored.items()

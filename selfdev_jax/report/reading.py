@@ -13,19 +13,10 @@ import numpy as np
 
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
+from selfdev_jax.inspection import queries
 
-# Development scores as they are by now: one that was taken from another model
-# is that one's.
-_NOW = """
-now AS (
-  SELECT s.rowid AS place, s.model, s.items, s.at,
-    coalesce(o.n, s.n) AS n,
-    CASE WHEN s.reused IS NULL THEN s.correct ELSE o.correct END AS correct
-  FROM scores s
-  LEFT JOIN scores o ON o.model = s.reused AND o.split = s.split
-  WHERE s.split = 'dev'
-)
-"""
+# Development scores as they are by now.
+_NOW = f"now AS ({store_lib.SCORES} WHERE s.split = 'dev')"
 # What an arm evaluated, in its own order. Same factory, same keys: the first
 # iteration is stored once, for both.
 _EVALUATED = f"""
@@ -55,12 +46,6 @@ _ACCURACIES = f"""
 SELECT arm, iteration, correct * 1.0 / n AS accuracy, n = items AS is_whole,
   count(*) AS count
 FROM evaluated GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3
-"""
-_TOP = f"""
-{_EVALUATED}
-SELECT model FROM evaluated
-WHERE arm = :arm AND n = items AND correct IS NOT NULL
-ORDER BY correct * 1.0 / n DESC, iteration, position LIMIT :count
 """
 _FOUND = """
 SELECT arm, iteration, item, source, digest FROM verdicts
@@ -161,13 +146,11 @@ class Run:
   curves: Mapping[str, Curve]
 
   def top(self, arm: str, count: int) -> list[records.Score]:
-    """An arm's best programs by development score alone, ties to the earlier.
-
-    Earlier in the arm's own order: what the other arm wrote too may have been
-    scored there first.
-    """
-    rows = self.store.rows(_TOP, arm=arm, count=count)
-    return [self.store.score(model, records.DEV) for (model,) in rows]
+    """Development scores of `queries.top`."""
+    return [
+        self.store.score(records.PROGRAM + digest, records.DEV)
+        for digest in queries.top(self.store, arm, count)
+    ]
 
   def family(self, name: str) -> list[str]:
     """Models of a family of baselines with a development score, in order."""

@@ -82,15 +82,12 @@ def of(run: reading.Run) -> dict[str, Any]:
   }
 
 
-# A score that was taken from another model has a merged model if that has.
-_ANSWERS = """
+_ANSWERS = f"""
 SELECT
-  coalesce(sum(CASE WHEN s.reused IS NULL THEN s.n END), 0) AS asked,
-  coalesce(sum(CASE WHEN s.reused IS NULL THEN s.items END), 0) AS without_race,
-  coalesce(sum(CASE WHEN s.reused IS NOT NULL THEN s.items END), 0) AS reused
-FROM scores s LEFT JOIN scores o ON o.model = s.reused AND o.split = s.split
-WHERE s.split = 'dev'
-  AND CASE WHEN s.reused IS NULL THEN s.correct ELSE o.correct END IS NOT NULL
+  coalesce(sum(CASE WHEN reused = '' THEN n END), 0) AS asked,
+  coalesce(sum(CASE WHEN reused = '' THEN items END), 0) AS without_race,
+  coalesce(sum(CASE WHEN reused != '' THEN items END), 0) AS reused
+FROM ({store_lib.SCORES} WHERE s.split = 'dev') WHERE correct IS NOT NULL
 """
 
 

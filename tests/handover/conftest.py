@@ -20,7 +20,6 @@ from selfdev_jax import sampling
 from selfdev_jax import store as store_lib
 from selfdev_jax.evaluation import racing
 from selfdev_jax.sampling import engine as engine_lib
-from selfdev_jax.sandbox import runner
 from selfdev_jax.sandbox import trace
 from selfdev_jax.sandbox import verify
 from selfdev_jax.tiny import corpus
@@ -78,31 +77,29 @@ class _Hashing:
     pass
 
 
-@contextlib.contextmanager
-def _here():
-  """Merges and answers are made in this process, and are cheap."""
+@pytest.fixture(scope="session")
+def alone(merging_here):
+  """A context in which merges and answers are made here, and are cheap."""
 
-  def start(seed, directory, experts, scope, timeout_s):
-    del directory, timeout_s
-    trees = {name: convert.load(path)[1] for name, path in experts.items()}
-    return contextlib.nullcontext(runner.Merges(seed, trees, scope))
+  @contextlib.contextmanager
+  def context():
+    with merging_here() as patch:
+      patch.setattr(
+          engine_lib, "open_sampler", lambda *args, **kwargs: _Hashing()
+      )
+      yield
 
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(runner, "Runner", start)
-    patch.setattr(
-        engine_lib, "open_sampler", lambda *args, **kwargs: _Hashing()
-    )
-    yield
+  return context
 
 
 @pytest.fixture(autouse=True, scope="module")
-def here():
-  with _here():
+def here(alone):
+  with alone():
     yield
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, random_params) -> pathlib.Path:
+def finished(tmp_path_factory, random_params, alone) -> pathlib.Path:
   """A directory with seed, a, b and run; not to be changed."""
   root = tmp_path_factory.mktemp("handover")
   documents = [corpus.Document("two and two is", "four")]
@@ -133,7 +130,7 @@ def finished(tmp_path_factory, random_params) -> pathlib.Path:
   session = {"jax": "0", "device": "cpu", "command": "self_develop --x=1"}
   with (
       store_lib.Store.create(root / "run", config, identity, session) as store,
-      _here(),
+      alone(),
       contextlib.ExitStack() as stack,
   ):
     _fill(store, loop.load(config, paths, stack), items)
