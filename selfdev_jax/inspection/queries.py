@@ -173,6 +173,15 @@ class Baseline:
   test: records.Score | None
 
 
+class Counts(NamedTuple):
+  """Of an iteration of an arm; see `Iteration`."""
+
+  sampled: int
+  judged: int
+  admitted: int
+  distinct: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Iteration:
   """One iteration of one arm, counted as in the report.
@@ -925,34 +934,51 @@ _BROKEN = (
 )
 
 
-def iterations(store: store_lib.Store) -> list[Iteration]:
-  """Both arms' iterations, as they ran."""
-  counts = lambda query: {tuple(row[:2]): row[2:] for row in store.rows(query)}
-  sampled = counts(
+def counts(store: store_lib.Store) -> dict[tuple[str, int], Counts]:
+  """By arm and iteration, of those that have sampled."""
+  by_round = lambda query: {
+      tuple(row[:2]): row[2:] for row in store.rows(query)
+  }
+  sampled = by_round(
       f"SELECT arm, iteration, COUNT(*) FROM completions {_BY_ITERATION}"
   )
-  judged = counts(
+  judged = by_round(
       f"SELECT arm, iteration, COUNT(*) FROM verdicts {_BY_ITERATION}"
   )
-  admitted = counts(
+  admitted = by_round(
       "SELECT arm, iteration, sum(n), COUNT(*) FROM"
       " (SELECT arm, iteration, COUNT(*) AS n FROM verdicts"
       " WHERE digest IS NOT NULL GROUP BY digest, arm, iteration)"
       f" {_BY_ITERATION}"
   )
-  broken = counts(
+  broken = by_round(
       f"WITH {_BROKEN} SELECT arm, iteration, COUNT(*), COUNT(DISTINCT digest)"
       f" FROM broken JOIN verdicts USING (digest) {_BY_ITERATION}"
   )
+  return {
+      key: Counts(
+          n,
+          *judged.get(key, (0,)),
+          *np.subtract(
+              admitted.get(key, (0, 0)), broken.get(key, (0, 0))
+          ).tolist(),
+      )
+      for key, (n,) in sampled.items()
+  }
+
+
+def iterations(store: store_lib.Store) -> list[Iteration]:
+  """Both arms' iterations, as they ran."""
   # Arrays of integers: one row an iteration, and nothing is rounded.
-  candidates = counts(
+  rows = store.rows(
       "SELECT x.arm, x.iteration, COUNT(*), COUNT(dev.model),"
       f" json_group_array({_DEV_CORRECT}), json_group_array({_DEV_N}),"
       f" max({_DEV}) FILTER (WHERE {_DEV_N} = dev.items)"
       f" FROM candidates x {_JOIN_DEV} GROUP BY x.arm, x.iteration"
   )
-  found = []
-  for key in sorted(sampled, key=lambda key: (key[1], _rank(key[0]))):
+  candidates = {tuple(row[:2]): row[2:] for row in rows}
+  counted, found = counts(store), []
+  for key in sorted(counted, key=lambda key: (key[1], _rank(key[0]))):
     known = candidates.get(key, (0, 0, "[]", "[]", None))
     correct, n = map(json.loads, known[2:4])
     accuracies = [
@@ -961,11 +987,7 @@ def iterations(store: store_lib.Store) -> list[Iteration]:
     found.append(
         Iteration(
             *key,
-            *sampled[key],
-            *judged.get(key, (0,)),
-            *np.subtract(
-                admitted.get(key, (0, 0)), broken.get(key, (0, 0))
-            ).tolist(),
+            *counted[key],
             *known[:2],
             mean=statistics.fmean(accuracies) if accuracies else None,
             median=statistics.median(accuracies) if accuracies else None,

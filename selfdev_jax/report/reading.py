@@ -28,19 +28,6 @@ WITH {_NOW}, evaluated AS (
   JOIN now ON now.model = 'program:' || digest
 )
 """
-_COUNTS = """
-SELECT arm, iteration, count(*) FROM completions GROUP BY arm, iteration
-"""
-# A score without a count of right answers has no merged model.
-_ADMITTED = f"""
-WITH {_NOW}, broken AS (
-  SELECT substr(model, 9) AS digest FROM now
-  WHERE correct IS NULL AND model LIKE 'program:%'
-)
-SELECT arm, iteration, count(*), count(DISTINCT digest) FROM verdicts
-WHERE digest IS NOT NULL AND digest NOT IN (SELECT digest FROM broken)
-GROUP BY arm, iteration
-"""
 _ACCURACIES = f"""
 {_EVALUATED}
 SELECT arm, iteration, correct * 1.0 / n AS accuracy, n = items AS is_whole,
@@ -171,8 +158,7 @@ class Run:
 def read(store: store_lib.Store) -> Run:
   """Reads a finished, running or broken-off run."""
   config = store.meta("config")
-  sampled = {(arm, t): n for arm, t, n in store.rows(_COUNTS)}
-  admitted = {(arm, t): counts for arm, t, *counts in store.rows(_ADMITTED)}
+  counts = queries.counts(store)
   groups = {}
   for row in store.rows(_ACCURACIES):
     groups.setdefault((row.arm, row.iteration), []).append(row)
@@ -180,9 +166,8 @@ def read(store: store_lib.Store) -> Run:
   for arm, rounds in arms.items():
     for t in range(1, config["iterations"] + 1):
       source = (records.LOOP if t == 1 else arm), t
-      if source in sampled:
-        counts = sampled[source], *admitted.get(source, (0, 0))
-        rounds.append(_round(t, counts, groups.get((arm, t), ())))
+      if source in counts:
+        rounds.append(_round(t, counts[source], groups.get((arm, t), ())))
   activities = store.activities()
   curves = {
       name: _curve(store, name, activities)
@@ -205,7 +190,9 @@ def _round(t, counts, groups):
   known = [row for row in groups if row.accuracy is not None]
   return Round(
       t,
-      *counts,
+      counts.sampled,
+      counts.admitted,
+      counts.distinct,
       evaluated=sum(row.count for row in groups),
       accuracies=np.repeat(
           np.array([row.accuracy for row in known], np.float64),
