@@ -17,6 +17,9 @@ With each model at error / models, all intervals of a race hold together, and
 so does every comparison, with probability 1 - error at least.
 """
 
+import bisect
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
 
@@ -112,30 +115,52 @@ class Race:
       bottom: likewise of the worst.
       error: the probability that the race may differ from asking everything.
     """
-    self._reference = np.asarray(reference, bool)
+    reference = np.asarray(reference, bool)
+    size = len(reference)
+    # [2, items]: those that the reference has right, and has wrong.
+    self._strata = np.stack([reference, ~reference])
     self._ends = tuple(ends)
     self._top, self._bottom = top, bottom
     self._log_odds = float(np.log(max(models, 1) / error))
-    self._answers = [np.zeros(0, bool) for _ in range(models)]
+    self._done = np.zeros(models, int)
+    self._right = np.zeros((models, 2), int)  # By stratum.
+    self._scores = np.zeros(models, int)  # On the first block.
     self._low = np.zeros(models, int)
-    self._high = np.full(models, len(self._reference))
+    self._high = np.full(models, size)
+    # Places as numbers, of equal bounds the earlier model's first. Where models
+    # stand for sure among the best and among the worst, sorted, and the first
+    # place in each that a model may get to.
+    self._best = list(range(models))
+    self._worst = list(range(size * models, (size + 1) * models))
+    self._hopes = np.arange(models) - models * size
+    self._fears = np.arange(models)
+    # Who is next is last.
+    self._unasked = list(range(models))[::-1]
     self._waiting: list[int] | None = None
 
   def add(self, model: int, answers: Sequence[bool]):
     """Takes a model's answers to its next items, right or wrong."""
-    before = len(self._answers[model])
-    answers = np.concatenate([self._answers[model], np.asarray(answers, bool)])
-    self._answers[model] = answers
-    for end in self._ends:
-      if before < end <= len(answers):
-        low, high = self._interval(answers[:end])
-        self._low[model] = max(self._low[model], low)
-        self._high[model] = min(self._high[model], high)
+    answers = np.asarray(answers, bool)
+    first = int(self._done[model])
+    last = first + len(answers)
+    self._scores[model] += answers[: max(self._ends[0] - first, 0)].sum()
+    low, high = self._low[model], self._high[model]
+    done = first
+    for end in sorted({last, *(e for e in self._ends if first < e <= last)}):
+      right = self._strata[:, done:end] & answers[done - first : end - first]
+      self._right[model] += right.sum(1)
+      done = end
+      if end in self._ends:
+        bounds = self._interval(end, self._right[model])
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    self._done[model] = done
+    self._bound(model, int(low), int(high))
 
   def fail(self, model: int):
     """The model has no answers: it is worse than any that has."""
-    self._answers[model] = np.zeros(len(self._reference), bool)
-    self._low[model] = self._high[model] = -1
+    self._done[model] = self._ends[-1]
+    self._right[model] = self._scores[model] = 0
+    self._bound(model, -1, -1)
 
   def turn(self) -> tuple[int, int, int] | None:
     """(model, item, item): who answers next, from which item to before which.
@@ -143,52 +168,74 @@ class Race:
     First all models answer the first block. Then those at the edges go on,
     each to its end, as the others are measured against them.
     """
-    for model, answers in enumerate(self._answers):
-      if not len(answers):
-        return model, 0, self._ends[0]
+    return next(self.ahead(), None)
+
+  def ahead(self) -> Iterator[tuple[int, int, int]]:
+    """This turn and those after it, if nobody drops out meanwhile.
+
+    Who goes on after the first blocks is known when all are in: before, these
+    are all there is. Ask anew after each `add` and `fail`.
+    """
     if self._waiting is None:
-      self._waiting = self._order()
-    while self._waiting:
-      model = self._waiting[0]
-      done = len(self._answers[model])
-      if done < self._ends[-1] and not self.is_out(model):
-        return model, done, next(end for end in self._ends if end > done)
-      self._waiting.pop(0)
-    return None
+      is_unasked = lambda model: not self._done[model]
+      for model in _last_first(self._unasked, is_unasked):
+        yield model, 0, self._ends[0]
+      if self._unasked:
+        return
+      self._waiting = self._order()[::-1]
+    goes_on = lambda model: (
+        self._done[model] < self._ends[-1] and not self.is_out(model)
+    )
+    for model in _last_first(self._waiting, goes_on):
+      done = int(self._done[model])
+      for end in self._ends[bisect.bisect_right(self._ends, done) :]:
+        yield model, done, end
+        done = end
 
   @property
   def missing(self) -> int:
     """Answers that may be asked yet."""
-    return sum(
-        self._ends[-1] - len(answers)
-        for model, answers in enumerate(self._answers)
-        if not self.is_out(model)
-    )
+    left = self._ends[-1] - self._done
+    return int(left[~self._are_out(slice(None))].sum())
 
   def is_out(self, model: int) -> bool:
     """Whether it is surely neither among the best nor among the worst.
 
     It stays so, whatever else is answered: intervals only shrink.
     """
-    low, high = self._low[model], self._high[model]
-    earlier = np.arange(len(self._low)) < model
-    better = (self._low > high) | ((self._low == high) & earlier)
-    worse = (self._high < low) | ((self._high == low) & earlier)
-    return better.sum() >= self._top and worse.sum() >= self._bottom
+    return bool(self._are_out(model))
 
-  def _interval(self, answers):
-    parts = []
-    for stratum in (self._reference, ~self._reference):
-      seen = stratum[: len(answers)]
-      parts.append(
-          (int(stratum.sum()), int(seen.sum()), int(answers[seen].sum()))
-      )
+  def _are_out(self, model):
+    """`is_out` of a model, or of a slice of them."""
+    # The last of as many as are to be known is surely better, and worse.
+    better = _nth(self._best, self._top) < self._hopes[model]
+    worse = _nth(self._worst, self._bottom) < self._fears[model]
+    return better & worse
+
+  def _bound(self, model, low, high):
+    """Says what a model can reach."""
+    models = len(self._low)
+    for keys, bounds, bound, sign in (
+        (self._best, self._low, low, -1),
+        (self._worst, self._high, high, 1),
+    ):
+      before = model + sign * models * int(bounds[model])
+      del keys[bisect.bisect_left(keys, before)]
+      bisect.insort(keys, model + sign * models * bound)
+      bounds[model] = bound
+    self._hopes[model] = model - models * high
+    self._fears[model] = model + models * low
+
+  def _interval(self, end, right):
+    parts = [
+        (int(stratum.sum()), int(stratum[:end].sum()), int(n))
+        for stratum, n in zip(self._strata, right, strict=True)
+    ]
     return interval(*parts, self._log_odds)
 
   def _order(self):
     """From both ends of the first block's scores to their middle."""
-    first = self._ends[0]
-    scores = np.array([answers[:first].sum() for answers in self._answers])
+    scores = self._scores
     edges = [
         _ranks(order) / wanted
         for order, wanted in ((-scores, self._top), (scores, self._bottom))
@@ -203,3 +250,24 @@ def _ranks(values: np.ndarray) -> np.ndarray:
   ranks = np.empty(len(values), int)
   ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
   return ranks
+
+
+def _nth(keys: Sequence[int], n: int) -> float:
+  """The n-th of sorted keys, from 1; infinite where there is none."""
+  if not n:
+    return -np.inf
+  return keys[n - 1] if n <= len(keys) else np.inf
+
+
+def _last_first(
+    models: list[int], holds: Callable[[int], bool]
+) -> Iterator[int]:
+  """From the end of a list those that something holds for; drops the others.
+
+  What is dropped stands near the end, so that little is moved.
+  """
+  for place in reversed(range(len(models))):
+    if holds(models[place]):
+      yield models[place]
+    else:
+      del models[place]

@@ -9,10 +9,13 @@ for other shapes, or only on weights unlike these, share a fingerprint: who
 reuses a score by it says so.
 """
 
+import collections
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import itertools
 import math
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -95,20 +98,29 @@ def first_alike(fingerprints: Sequence[Sequence[float]]) -> list[int]:
 
   Args:
     fingerprints: from `compute`, for the same shapes; an empty one is like
-      none.
+      none, nor is one with NaN.
   """
   size = max(map(len, fingerprints), default=0)
   rows = np.full((len(fingerprints), size // _NUMBERS, _NUMBERS), np.inf)
   first, kept = [], []
+  # Those of `kept` by about how large they are: who is alike stands close.
+  shelves = collections.defaultdict(list)
   for i, numbers in enumerate(fingerprints):
-    if not numbers:
+    if not numbers or np.isnan(numbers).any():  # Is like none.
       first.append(i)
       continue
     rows[i] = np.reshape(numbers, rows.shape[1:])
-    found = np.flatnonzero(_near(rows[kept], rows[i]))
-    first.append(kept[found[0]] if found.size else i)
-    if not found.size:
+    shelf = _shelf(rows[i])
+    if shelf == math.inf:  # Within every tolerance.
+      others = kept
+    else:
+      places = (shelf - 1, shelf, shelf + 1, math.inf)
+      others = [k for place in places for k in shelves.get(place, ())]
+    is_near = _near(rows[others], rows[i]) if others else ()
+    first.append(min(itertools.compress(others, is_near), default=i))
+    if first[i] == i:
       kept.append(i)
+      shelves[shelf].append(i)
   return first
 
 
@@ -134,6 +146,19 @@ def new_by_round(
     new.append([d for d in dict.fromkeys(names) if d in left])
     left.difference_update(names)
   return new
+
+
+def _shelf(row):
+  """Two rows [probes, numbers] that are alike are at most one shelf apart.
+
+  The norms of each probe are within the tolerance, and so are their sums.
+  """
+  size = sum(map(abs, row[:, 0].tolist()))
+  if size == math.inf:
+    return size
+  # Below the normal numbers a tolerance is rounded: these share a shelf.
+  size = max(size, sys.float_info.min)
+  return math.floor(math.log(size) / (2 * TOLERANCE))
 
 
 def _near(x, y):

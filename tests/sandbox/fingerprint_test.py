@@ -1,6 +1,7 @@
 """Which programs share a fingerprint, and which do not."""
 
 import functools
+import itertools
 
 import hypothesis
 from hypothesis import strategies as st
@@ -159,3 +160,61 @@ def test_new_by_round():
   # Without a fingerprint two programs are two.
   assert fingerprint.first_alike([[], []]) == [0, 1]
   assert fingerprint.first_alike([]) == []
+
+
+def _first_alike_by_pairs(fingerprints):
+  """Each with all before it, as it was once computed."""
+  size = max(map(len, fingerprints), default=0)
+  rows = np.full((len(fingerprints), size // 4, 4), np.inf)
+  first, kept = [], []
+  for i, numbers in enumerate(fingerprints):
+    if not numbers:
+      first.append(i)
+      continue
+    rows[i] = np.reshape(numbers, rows.shape[1:])
+    found = np.flatnonzero(fingerprint._near(rows[kept], rows[i]))
+    first.append(kept[found[0]] if found.size else i)
+    if not found.size:
+      kept.append(i)
+  return first
+
+
+# At the edges of the tolerance, and where numbers end.
+_STEPS = (0.5, 0.9999, 1 - 1e-12, 1.0, 1 + 1e-12, 1.0001, 1.5, 2.0, 10.0)
+_FACTORS = [1.0, *(1 + s * d for d in (-1e-4, 1e-4) for s in _STEPS)]
+_ODD = [0.0, -0.0, np.nan, np.inf, -np.inf, 5e-324, 1e-320, 3e-308, 1.7e308]
+_DRAWN = st.builds(
+    lambda number, factor, sign: sign * number * factor,
+    st.sampled_from([1.0, 0.02, 1.0001, 2.0**60, 2.5e-320]),
+    st.sampled_from(_FACTORS),
+    st.sampled_from([1.0, 1.0, 1.0, -1.0]),
+)
+_PROBE = st.one_of(
+    # Alike but for the norm, alike throughout, anything.
+    _DRAWN.map(lambda x: [x, 0.0, 0.0, 0.0]),
+    _DRAWN.map(lambda x: [x, x / 50, -x / 70, 1e-9]),
+    st.tuples(*[_DRAWN | st.sampled_from(_ODD)] * 4).map(list),
+)
+
+
+@hypothesis.settings(max_examples=400, deadline=None)
+@hypothesis.given(st.data())
+def test_first_alike_is_that_of_all_pairs(data):
+  probes = data.draw(st.integers(1, 2))
+  whole = st.lists(_PROBE, min_size=probes, max_size=probes).map(
+      lambda rows: list(itertools.chain(*rows))
+  )
+  prints = data.draw(st.lists(whole | st.just([]), max_size=12))
+  with np.errstate(all="ignore"):  # Infinite differences.
+    assert fingerprint.first_alike(prints) == _first_alike_by_pairs(prints)
+
+
+def test_first_alike_of_many_programs_is_that_of_all_pairs():
+  rng = np.random.default_rng(0)
+  norms = rng.choice(np.geomspace(0.1, 10, 300), 1500)
+  norms *= 1 + 1e-4 * rng.choice([0, -1, 1, 0.4, 1.2], 1500)
+  prints = np.repeat(norms, 8) * np.tile([1, 0.1, -0.1, 0.2] * 2, 1500)
+  prints = prints.reshape(1500, 8).tolist()
+  first = fingerprint.first_alike(prints)
+  assert first == _first_alike_by_pairs(prints)
+  assert 300 < len(set(first)) < 1200
