@@ -11,6 +11,7 @@ r"""Answers questions about a run from its archive, also while it runs.
   python -m launch.inspect --workdir=DIR --completions=loop/2
   python -m launch.inspect --workdir=DIR --completion=loop/2/17
   python -m launch.inspect --workdir=DIR --pair=1/0
+  python -m launch.inspect --workdir=DIR --incidents   # of workers and hosts
   python -m launch.inspect --workdir=DIR --other=DIR       # what differs
 
 --format=json is one document; numbers are raw fractions, and an interval is
@@ -21,6 +22,7 @@ terminal, shows control characters of generated text as escapes. Accuracies of
 unfinished or stopped evaluations are of what was answered.
 """
 
+import contextlib
 import os
 import sys
 
@@ -29,6 +31,7 @@ from absl import flags
 from launch import app
 from selfdev_jax import errors
 from selfdev_jax import records
+from selfdev_jax import storage
 from selfdev_jax import store as store_lib
 from selfdev_jax.inspection import queries
 from selfdev_jax.inspection import text
@@ -38,7 +41,7 @@ _TEXT_LIMIT = 50
 _DIGITS = 9  # More than any list has; SQLite takes twice as many.
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run.", required=True
+    "workdir", None, "Directory or URL of the run.", required=True
 )
 _FORMAT = flags.DEFINE_string("format", "text", "Or json, or csv.")
 _LIMIT = flags.DEFINE_integer(
@@ -85,6 +88,9 @@ _COMPLETIONS = flags.DEFINE_string(
 )
 _COMPLETION = flags.DEFINE_string("completion", None, "ARM/ITERATION/ITEM.")
 _PAIR = flags.DEFINE_string("pair", None, "ITERATION/ITEM.")
+_INCIDENTS = flags.DEFINE_bool(
+    "incidents", False, "List what happened to workers on many hosts."
+)
 _OTHER = flags.DEFINE_string("other", None, "Another run, to compare with.")
 
 # What can be asked, each with the flags that go with it.
@@ -99,6 +105,7 @@ _QUESTIONS = {
     "completions": ("limit", "offset"),
     "completion": (),
     "pair": (),
+    "incidents": ("limit", "offset"),
     "other": ("limit",),
 }
 _BOUNDS = (
@@ -124,8 +131,16 @@ def main(_):
     if any("\ud800" <= c <= "\udfff" for c in flag.value or ""):
       raise errors.UserError(f"--{flag.name} is not UTF-8: {flag.value!r}")
   _check_question()
-  with store_lib.Store.read(_WORKDIR.value) as store:
-    _print(_answer(store))
+  with contextlib.ExitStack() as stack:
+    given = [flag.value for flag in (_WORKDIR, _OTHER) if flag.value]
+    copies = [stack.enter_context(storage.fetch(path)) for path in given]
+    answer = _answer(
+        *(stack.enter_context(store_lib.Store.read(copy)) for copy in copies)
+    )
+    # The commands that it shows are of the run, not of a copy of it.
+    for copy, path in zip(copies, given, strict=True):
+      answer = answer.replace(str(copy), path)
+    _print(answer)
 
 
 def _check_question():
@@ -155,13 +170,13 @@ def _limit():
   return _LIMIT.value or (_TEXT_LIMIT if is_text else None)
 
 
-def _answer(store):
+def _answer(store, other=None):
   if _IR.value:
     return store.program(queries.find(store, _PROGRAM.value))
-  return _view(store).show(_FORMAT.value)
+  return _view(store, other).show(_FORMAT.value)
 
 
-def _view(store):
+def _view(store, other):
   if _PROGRAMS.value:
     return views.programs(
         store,
@@ -193,9 +208,10 @@ def _view(store):
     return views.completion(store, *_place(_COMPLETION, "loop/2/17"))
   if _PAIR.value:
     return views.pair(store, *_place(_PAIR, "2/17"))
-  if _OTHER.value:
-    with store_lib.Store.read(_OTHER.value) as other:
-      return views.comparison(store, other, _limit())
+  if _INCIDENTS.value:
+    return views.incidents(store, _limit(), _OFFSET.value)
+  if other is not None:
+    return views.comparison(store, other, _limit())
   return views.overview(store)
 
 

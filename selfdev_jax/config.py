@@ -6,6 +6,7 @@ locked ConfigDict that absl flags can override, and `from_config_dict` checks
 what came back.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import difflib
 import hashlib
@@ -32,6 +33,8 @@ def _one_of(*choices):
   """A field that takes one of `choices`; the first is the default."""
   return dataclasses.field(default=choices[0], metadata={"choices": choices})
 
+
+_PLACES = ("executor", "ray")  # Keys of `Config`, see `without_places`.
 
 # Of a layer, as models/decoder.py names them.
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -265,6 +268,27 @@ class World:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ray:
+  """Where a run over many hosts takes place; see executors/cluster.py.
+
+  Attributes:
+    address: HOST:PORT of a cluster's head; `auto`: of the cluster that this
+      host is in; `local`: one is started on this machine, for this run.
+    workers: how many merge and evaluate, each with vllm.tensor_parallel GPUs of
+      one host where the cluster has GPUs; None: as many as it has room for.
+    worker_cpus: that a worker takes of its host; may be a fraction.
+    train_hosts: hosts that train together, with all GPUs of each.
+    start_timeout_s: until the first worker has to be ready.
+  """
+
+  address: str = "local"
+  workers: int | None = _between(None, 1)
+  worker_cpus: float = _between(1.0, 0.001)
+  train_hosts: int = _between(1, 1)
+  start_timeout_s: float = _between(600.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One run of Self-Developing.
 
@@ -278,6 +302,8 @@ class Config:
     sampler: `vllm`; `jax`, which needs nothing else; `auto`: vLLM where it is
       installed; or `replay`, which says what was recorded.
     top_k: programs that are scored on the test set at the end.
+    executor: `local`: this process does all of it; `ray`: the workers of a
+      cluster do, and this process alone decides and writes the archive.
     tiny: the toy world behind `tiny:NAME`; None when real models are used.
   """
 
@@ -288,6 +314,8 @@ class Config:
   iterations: int = _between(3, 1)
   top_k: int = _between(15, 1)
   sampler: str = _one_of("auto", "jax", "vllm", "replay")
+  executor: str = _one_of("local", "ray")
+  ray: Ray = Ray()
   vllm: Vllm = Vllm()
   propose: Propose = Propose()
   sandbox: Sandbox = Sandbox()
@@ -350,9 +378,22 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
   return tree
 
 
+def without_places(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """A flat config without what says only where a run takes place.
+
+  A run may go on elsewhere: its results do not depend on it.
+  """
+  return {
+      key: value
+      for key, value in flat.items()
+      if key.partition(".")[0] not in _PLACES
+  }
+
+
 def digest(config: Any) -> str:
-  """16 hex digits that name a config; equal configs, equal digits."""
-  text = json.dumps(to_dict(config), sort_keys=True)
+  """16 hex digits that name a config, wherever it runs."""
+  tree = {k: v for k, v in to_dict(config).items() if k not in _PLACES}
+  text = json.dumps(tree, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

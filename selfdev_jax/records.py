@@ -160,6 +160,21 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Incident:
+  """What happened to a worker of a run over many hosts.
+
+  No result depends on it: whoever has the work of a worker that is lost gives
+  the same answers.
+  """
+
+  kind: str  # "lost", "joined", "drained", "duplicated", ...
+  worker: str
+  host: str
+  detail: str
+  at: float | None = None  # Unix time; the archive sets it.
+
+
+@dataclasses.dataclass(frozen=True)
 class Activity:
   """One stretch of work on a stage; a resumed stage has several.
 

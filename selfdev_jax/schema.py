@@ -11,7 +11,7 @@ completions and their scores.
 import sqlalchemy as sa
 
 # Of `migrations/`; an archive says which one it has in `alembic_version`.
-REVISION = "5"
+REVISION = "6"
 
 METADATA = sa.MetaData()
 
@@ -230,4 +230,14 @@ DONE = _table(
     sa.Column("iteration", sa.Integer, primary_key=True),
     sa.Column("stage", sa.Text, primary_key=True),
     _by(),
+)
+INCIDENTS = _table(
+    "incidents",  # What happened to workers of a run over many hosts.
+    sa.Column("id", sa.Integer, primary_key=True),
+    _text("kind"),
+    _text("worker"),  # Its name.
+    _text("host"),
+    _text("detail"),
+    _real("at"),  # Unix time.
+    _by(),  # That was under way.
 )

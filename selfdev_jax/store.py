@@ -159,7 +159,8 @@ class Store:
 
     Args:
       workdir: a directory; made when absent.
-      config: the run's config; has to equal the one of an existing archive.
+      config: the run's config; has to equal the one of an existing archive,
+        but for where it runs.
       identity: what else has to be equal to resume, such as the digests of
         the models' weights.
       provenance: versions and hardware; kept from every session.
@@ -280,11 +281,10 @@ class Store:
     self._resources.close()
 
   def _check(self, config, identity):
-    ours = {
-        **json.loads(_dumps(config_lib.flatten(config_lib.to_dict(config)))),
-        **identity,
-    }
-    theirs = {**self.meta("config"), **self.meta("identity")}
+    ours = json.loads(_dumps(config_lib.flatten(config_lib.to_dict(config))))
+    ours = config_lib.without_places(ours) | dict(identity)
+    theirs = config_lib.without_places(self.meta("config"))
+    theirs |= self.meta("identity")
     differing = [
         f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"
         for key in sorted(ours.keys() | theirs.keys())
@@ -577,6 +577,12 @@ class Store:
     """The JSON program IR."""
     return self._program(digest).program
 
+  def program_of(self, model: str) -> str:
+    """The program behind the name of a score; empty for a baseline's."""
+    if not model.startswith(records.PROGRAM):
+      return ""
+    return self.program(model.removeprefix(records.PROGRAM))
+
   def stats(self, digest: str) -> dict[str, Any]:
     """What the verifier counted in a program."""
     return json.loads(self._program(digest).stats)
@@ -821,6 +827,25 @@ class Store:
             " WHERE :iteration IS NULL OR iteration = :iteration"
             " ORDER BY iteration, step",
             iteration=iteration,
+        )
+    ]
+
+  # Workers.
+
+  def add_incident(self, incident: records.Incident):
+    """Keeps what just happened to a worker."""
+    row = dataclasses.asdict(incident) | {"at": time.time()}
+    with self._transaction():
+      self._insert(schema.INCIDENTS, [row])
+
+  def incidents(self) -> list[records.Incident]:
+    """In the order in which they happened."""
+    c = schema.INCIDENTS.c
+    names = [field.name for field in dataclasses.fields(records.Incident)]
+    return [
+        records.Incident(*row)
+        for row in self.rows(
+            sa.select(*(c[name] for name in names)).order_by(c.id)
         )
     ]
 

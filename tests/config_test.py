@@ -103,6 +103,15 @@ def test_round_trip_keeps_every_key():
         ),
         (_minimal(dpo={"max_length": 1}), "'dpo.max_length' is 1"),
         (_minimal(dpo={"max_length": "1"}), "'dpo.max_length' takes int"),
+        (
+            _minimal(executor="rya"),
+            "'executor' is 'rya'; it takes one of 'local', 'ray' .*'ray'",
+        ),
+        (_minimal(ray={"adress": "x"}), "did you mean 'ray.address'"),
+        (_minimal(ray={"workers": 0}), "'ray.workers' is 0; .* at least 1"),
+        (_minimal(ray={"worker_cpus": 0.0}), "'ray.worker_cpus' is 0.0"),
+        (_minimal(ray={"train_hosts": 0}), "'ray.train_hosts' is 0"),
+        (_minimal(ray={"start_timeout_s": 0.0}), "'ray.start_timeout_s' is 0"),
     ],
 )
 def test_bad_config_is_one_line_with_the_key(tree, message):
@@ -147,6 +156,32 @@ def test_digest_changes_with_any_value():
   assert config_lib.digest(world) != config_lib.digest(other)
 
 
+_ELSEWHERE = {"executor": "ray", "ray": config_lib.Ray("auto", workers=4)}
+
+
+def test_digest_is_the_same_wherever_it_runs():
+  config = config_lib.Config(name="x", seed_model="s", experts=("a",))
+  there = dataclasses.replace(config, **_ELSEWHERE)
+  assert there != config
+  assert config_lib.digest(there) == config_lib.digest(config)
+  other = dataclasses.replace(there, seed=1)
+  assert config_lib.digest(other) != config_lib.digest(there)
+
+
+def test_only_where_it_runs_is_left_out_of_a_flat_config():
+  config = config_lib.Config(name="x", seed_model="s", experts=("a",))
+  flat = config_lib.flatten(config_lib.to_dict(config))
+  rest = config_lib.without_places(flat)
+  gone = {"executor", *(f"ray.{name}" for name in vars(config_lib.Ray()))}
+  assert flat.keys() - rest.keys() == gone
+  assert rest == {key: flat[key] for key in flat.keys() - gone}
+  there = dataclasses.replace(config, **_ELSEWHERE)
+  there = config_lib.flatten(config_lib.to_dict(there))
+  assert config_lib.without_places(there) == rest
+  # "ray" is a group, not what a key begins with.
+  assert config_lib.without_places({"rays": 1}) == {"rays": 1}
+
+
 def test_a_key_that_is_none_can_be_given_on_the_command_line():
   tree = config_lib.to_config_dict(
       config_lib.Config(name="n", seed_model="s", experts=("a",))
@@ -154,9 +189,11 @@ def test_a_key_that_is_none_can_be_given_on_the_command_line():
   tree.evaluate.train_file = "train.jsonl"
   tree.evaluate.shots = 3
   tree.dpo.max_length = 100
+  tree.ray.workers = 4
   with pytest.raises(TypeError):
     tree.evaluate.test_file = 7
   config = config_lib.from_config_dict(tree)
   assert config.evaluate.train_file == "train.jsonl"
   assert config.evaluate.test_file is None
   assert (config.evaluate.shots, config.dpo.max_length) == (3, 100)
+  assert config.ray.workers == 4

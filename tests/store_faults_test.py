@@ -85,7 +85,7 @@ def _check_refused(workdir, match):
 # Files that are no archive, or no more.
 
 
-@pytest.mark.parametrize("version", ["6", "99", "2ac4f1"])
+@pytest.mark.parametrize("version", ["7", "99", "2ac4f1"])
 def test_an_archive_of_a_future_version(killed, version):
   with contextlib.closing(sqlite3.connect(killed / "archive.sqlite")) as db:
     db.execute("PRAGMA wal_autocheckpoint=0")

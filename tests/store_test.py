@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -124,6 +125,27 @@ def test_a_factory_keeps_its_first_name(archive):
     archive.add_factory(2, "def")
   ((digest, activity),) = archive.rows("SELECT digest, activity FROM factories")
   assert (digest, activity) == ("abc", 1)
+
+
+def test_incidents_are_kept_in_order_with_their_time_and_activity(archive):
+  lost = records.Incident("lost", "w1", "host 1", "killed\x00ü")
+  joined = records.Incident("joined", "w2", "host 2", "", at=5.0)
+  before = time.time()
+  with archive.activity("loop", 1, "propose"):
+    archive.add_incident(lost)
+  with archive.activity("loop", 1, "evaluate"):
+    archive.add_incident(joined)
+    with store_lib.Store.read(archive.workdir) as reader:
+      found = reader.incidents()
+  assert [dataclasses.replace(i, at=None) for i in found] == [
+      lost,
+      dataclasses.replace(joined, at=None),
+  ]
+  # When it is written is when it happened, whatever the record says.
+  assert before <= found[0].at <= found[1].at <= time.time()
+  assert archive.rows("SELECT activity FROM incidents") == [(1,), (2,)]
+  with pytest.raises(RuntimeError, match="none is open"):
+    archive.add_incident(lost)
 
 
 # Activities.
@@ -381,6 +403,40 @@ def test_another_config_is_refused_by_what_differs(tmp_path):
     _open(tmp_path, identity={"weights of s": "new"})
   with _open(tmp_path) as archive:
     assert len(archive.sessions()) == 2  # Those refused left nothing.
+
+
+def test_a_run_may_go_on_elsewhere(tmp_path):
+  _open(tmp_path).close()
+  there = dataclasses.replace(
+      _CONFIG, executor="ray", ray=config_lib.Ray("auto", workers=4)
+  )
+  with _open(tmp_path, there) as archive:
+    # What it began with, whoever asks.
+    assert archive.config() == _CONFIG
+  other = dataclasses.replace(there, seed=1)
+  with pytest.raises(store_lib.StoreError) as error:
+    _open(tmp_path, other)
+  assert "seed (7 there, 1 here)" in str(error.value)
+  assert "ray" not in str(error.value) and "executor" not in str(error.value)
+
+
+def test_a_run_from_before_there_were_other_places_goes_on(tmp_path):
+  with _open(tmp_path) as archive:
+    kept = json.dumps(config_lib.without_places(archive.meta("config")))
+    archive._db.exec_driver_sql(
+        "UPDATE meta SET value = ? WHERE key = 'config'", (kept,)
+    )
+    archive._db.commit()
+  with _open(tmp_path) as archive:
+    assert "executor" not in archive.meta("config")
+    assert archive.config() == _CONFIG
+
+
+def test_the_program_behind_the_name_of_a_score(archive):
+  _rows(archive)
+  assert archive.program_of("program:d1") == '{"ir": 1}'
+  for baseline in ("seed", "expert:d1", "ties:density=0.5,scale=1.0"):
+    assert archive.program_of(baseline) == ""
 
 
 _HOLD = """

@@ -227,6 +227,31 @@ class Rejections:
 
 # A score that was taken from another model is as that one's is by now: `s` is
 # the score and `o` the other's.
+@dataclasses.dataclass(frozen=True)
+class Incident:
+  """What happened to a worker, and during which stage.
+
+  Attributes:
+    kind: see `records.Incident`, also of the next four.
+    worker: its name.
+    host: where it ran.
+    detail: in a sentence.
+    at: Unix time.
+    arm: of the activity that was under way.
+    iteration: likewise; 0: none.
+    stage: likewise.
+  """
+
+  kind: str
+  worker: str
+  host: str
+  detail: str
+  at: float
+  arm: str
+  iteration: int
+  stage: str
+
+
 def _now(s: str, o: str, name: str) -> str:
   return f"CASE WHEN {s}.reused IS NULL THEN {s}.{name} ELSE {o}.{name} END"
 
@@ -1022,3 +1047,32 @@ def rejections(store: store_lib.Store) -> list[Rejections]:
     merged[tuple(key)] = dataclasses.replace(before, count=before.count + count)
   order = lambda r: (r.iteration, _rank(r.arm), -r.count, r.stage, r.code)
   return sorted(merged.values(), key=order)
+
+
+def incident_counts(store: store_lib.Store) -> dict[str, int]:
+  """How often what happened to workers, by kind; the most frequent first."""
+  rows = store.rows(
+      "SELECT kind, COUNT(*) FROM incidents GROUP BY kind ORDER BY 2 DESC, 1"
+  )
+  return dict(map(tuple, rows))
+
+
+def incidents(
+    store: store_lib.Store, limit: int | None = 50, offset: int = 0
+) -> tuple[list[Incident], int]:
+  """What happened to workers, in order, and how many such there are.
+
+  Args:
+    store: an archive.
+    limit: of incidents; None: all.
+    offset: incidents to leave out before.
+  """
+  rows = store.rows(
+      "SELECT i.kind, i.worker, i.host, i.detail, i.at, a.arm, a.iteration,"
+      " a.stage FROM incidents i JOIN activities a ON a.id = i.activity"
+      " ORDER BY i.id LIMIT :limit OFFSET :offset",
+      limit=-1 if limit is None else limit,
+      offset=offset,
+  )
+  total = sum(incident_counts(store).values())
+  return [Incident(*row) for row in rows], total

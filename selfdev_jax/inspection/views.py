@@ -130,6 +130,11 @@ def overview(store: store_lib.Store) -> View:
                 _command(store, "--answers=seed", "--split=dev"),
                 "the generations behind a score",
             ),
+            *(
+                [(_command(store, "--incidents"), "what happened to workers")]
+                if queries.incident_counts(store)
+                else []
+            ),
         )
     )
     return "\n\n".join(parts)
@@ -692,6 +697,46 @@ def _answer(response):
       f"{', the prompt was cut' if response.truncated else ''}\n"
       f"Prompt:\n{text.indented(start + prompt[-_PROMPT_END:])}\n"
       f"Answer:\n{text.indented(response.text)}"
+  )
+
+
+def incidents(store: store_lib.Store, limit: int | None, offset: int) -> View:
+  """What happened to workers of a run over many hosts, in order."""
+  found, total = queries.incidents(store, limit, offset)
+  counts = queries.incident_counts(store)
+  columns = [field.name for field in dataclasses.fields(queries.Incident)]
+
+  def write():
+    title = f"{_extent(len(found), total, offset)} incidents of workers, in UTC"
+    if counts:
+      title += f" ({', '.join(f'{n} {kind}' for kind, n in counts.items())})"
+    lines = [
+        (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(i.at)),
+            i.kind,
+            i.worker,
+            i.host,
+            f"{i.arm}/{i.iteration} {i.stage}" if i.iteration else i.stage,
+            i.detail,
+        )
+        for i in found
+    ]
+    names = ["time", "what", "worker", "host", "during", "detail"]
+    leads = _next(store, ["--incidents"], offset + len(found), total)
+    flags = ("--incidents", "--format=json")
+    leads.append((_command(store, *flags), "with exact times"))
+    return f"{text.table(title, names, lines)}\n\n{_leads(*leads)}"
+
+  return View(
+      lambda: {
+          "total": total,
+          "offset": offset,
+          "counts": counts,
+          "incidents": list(map(dataclasses.asdict, found)),
+      },
+      columns,
+      lambda: map(dataclasses.astuple, found),
+      write,
   )
 
 

@@ -38,6 +38,7 @@ from selfdev_jax.report import words
 _FILE = "report.html"
 _ROWS = 300  # Programs in the file's table.
 _MESSAGE_LENGTH = 140  # Characters of a rejection's example.
+_INCIDENTS = 20  # The last of them.
 _ID_LENGTH = 12  # Digits of a program's digest that are shown.
 
 # In order, with what a list of contents calls them.
@@ -51,6 +52,7 @@ SECTIONS = {
     "rejections": "Rejections",
     "refining": "DPO",
     "time": "Time",
+    "workers": "Workers",
     "world": "Toy world",
     "origin": "Configuration",
 }
@@ -238,6 +240,7 @@ def context(run: reading.Run) -> dict[str, Any]:
       "racing": words.racing(summary),
       "raced": summary["answers"]["asked"] < summary["answers"]["without_race"],
       "time": _time(store),
+      "incidents": _incidents(store),
       "world": _world(run.config),
       "config": sorted(run.config.items()),
       "sessions": [_flat(session) for session in run.sessions],
@@ -456,6 +459,14 @@ def _time(store):
       "seconds": sum(row["seconds"] for row in rows),
       "writing_s": sum(row["writing_s"] for row in rows),
   }
+
+
+def _incidents(store):
+  """What happened to workers: counts by kind, and the last of it."""
+  counts = queries.incident_counts(store)
+  total = sum(counts.values())
+  last, _ = queries.incidents(store, _INCIDENTS, max(total - _INCIDENTS, 0))
+  return {"counts": counts, "total": total, "last": last}
 
 
 def _world(config):

@@ -272,6 +272,19 @@ def test_a_browser_gets_only_what_changed(running):
   assert not {"scores", "rejections", "origin", "progress"} & set(changed)
 
 
+def test_a_lost_worker_appears(running):
+  client, store = running
+  text = client.get("/").text
+  assert "Workers and hosts" not in text
+  seen = re.findall(r'name="seen" value="([^"]*)"', text)
+  with store.activity("loop", 2, "evaluate"):
+    store.add_incident(records.Incident("lost", "w1", "<b>", "killed"))
+  answer = client.get("/live", params={"seen": seen}).text
+  assert 'href="#workers"' in answer  # In the contents.
+  (section,) = re.findall('<section id="workers".*?</section>', answer, re.S)
+  assert "1 lost." in section and "&lt;b&gt;" in section
+
+
 def test_the_table_is_sent_again_only_where_it_changed(running, small):
   client, store = running
   text = client.get("/programs").text

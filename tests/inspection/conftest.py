@@ -26,6 +26,13 @@ _FINGERPRINTS = {
 }
 
 
+INCIDENTS = [
+    records.Incident("joined", "worker 2", "node-b", ""),
+    records.Incident("lost", "worker 1", HOSTILE, f"it was killed {HOSTILE}"),
+    records.Incident("lost", "worker 2", "node-b", "its node is gone"),
+]
+
+
 def _source(digest):
   return f"def merge(base, task_vectors):\n  return base  # {digest}, {HOSTILE}"
 
@@ -102,6 +109,8 @@ def _first(store):
   with store.activity(LOOP, 1, "evaluate", 8, "answer"):
     _score(store, "program:a1", records.DEV, 3)
     _score(store, "program:b2", records.DEV, None, failure="memory")
+    for incident in INCIDENTS:
+      store.add_incident(incident)
     store.advance(8)
 
 
@@ -185,6 +194,12 @@ def build_fixture():
 def workdir(tmp_path_factory):
   """Of a finished run, not to be written to."""
   return build(tmp_path_factory.mktemp("inspected"))
+
+
+@pytest.fixture
+def incidents():
+  """Of `workdir`, without their times."""
+  return INCIDENTS
 
 
 @pytest.fixture

@@ -308,3 +308,27 @@ def test_an_archive_without_programs(build, tmp_path, until):
       queries.find(store, "best")
     with pytest.raises(errors.UserError, match="it has none yet"):
       queries.completion(store, LOOP, 1, 0)
+
+
+def test_incidents_say_during_which_stage_they_happened(store, incidents):
+  found, total = queries.incidents(store)
+  assert total == 3
+  assert [(i.kind, i.worker, i.host, i.detail) for i in found] == [
+      (i.kind, i.worker, i.host, i.detail) for i in incidents
+  ]
+  assert {(i.arm, i.iteration, i.stage) for i in found} == {
+      (LOOP, 1, "evaluate")
+  }
+  assert [i.at for i in found] == [i.at for i in store.incidents()]
+  assert queries.incidents(store, 1, 1) == (found[1:2], 3)
+  assert queries.incidents(store, None, 1) == (found[1:], 3)
+  assert list(queries.incident_counts(store).items()) == [
+      ("lost", 2),
+      ("joined", 1),
+  ]
+
+
+def test_a_run_on_one_host_has_no_incidents(build, tmp_path):
+  with store_lib.Store.read(build(tmp_path, "begun")) as store:
+    assert queries.incidents(store) == ([], 0)
+    assert queries.incident_counts(store) == {}

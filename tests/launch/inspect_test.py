@@ -5,12 +5,14 @@ import importlib.util
 import io
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from selfdev_jax import errors
+from selfdev_jax import storage
 from selfdev_jax import store as store_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -46,6 +48,7 @@ _QUESTIONS = [
     {"completion": "loop/1/1"},
     {"pair": "1/0"},
     {"pair": "1/1"},
+    {"incidents": True},
 ]
 _each = pytest.mark.parametrize(
     "question", _QUESTIONS, ids=lambda q: ",".join(map(str, q.values())) or "-"
@@ -175,7 +178,7 @@ def test_two_runs(launch, workdir, tmp_path, form):
         (
             {"program": "a1", "limit": 3},
             "--limit goes with --programs or --scores or --answers or"
-            " --completions or --other",
+            " --completions or --incidents or --other",
         ),
         ({"split": "test"}, "--split goes with --answers"),
         ({"program": ""}, "--program needs a value: A digest's beginning"),
@@ -239,3 +242,52 @@ def test_it_starts_without_jax():
       " 'alembic' in sys.modules)"
   )
   assert subprocess.run([sys.executable, "-c", code], cwd=_ROOT).returncode == 0
+
+
+def test_incidents_are_counted_and_listed(launch, workdir, tmp_path):
+  shown = launch(workdir=workdir, incidents=True)
+  assert "All 3 incidents of workers, in UTC (2 lost, 1 joined)" in shown
+  assert "loop/1 evaluate" in shown
+  shown = launch(workdir=workdir, incidents=True, limit=2)
+  assert "1 to 2 of 3" in shown and "--incidents --offset=2" in shown
+  document = json.loads(launch(workdir=workdir, incidents=True, format="json"))
+  assert document["total"] == 3
+  assert document["counts"] == {"lost": 2, "joined": 1}
+  last = document["incidents"][-1]
+  assert last.pop("at") > 1e9
+  assert last == {
+      "kind": "lost",
+      "worker": "worker 2",
+      "host": "node-b",
+      "detail": "its node is gone",
+      "arm": "loop",
+      "iteration": 1,
+      "stage": "evaluate",
+  }
+  # The page of the run leads there, where there are any.
+  assert "--incidents" in launch(workdir=workdir)
+  begun = _archive().build(tmp_path, "begun")
+  assert "--incidents" not in launch(workdir=begun)
+  assert "None of 0 incidents" in launch(workdir=begun, incidents=True)
+  with pytest.raises(errors.UserError, match="--sort goes with --programs"):
+    launch(workdir=workdir, incidents=True, sort="dev")
+
+
+def test_a_run_at_a_url(launch, workdir, tmp_path, monkeypatch):
+  """The same is said of it, under its own name."""
+  monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path / "cache"))
+  url = (tmp_path / "bucket").as_uri()
+  with storage.open_workdir(url) as (copy, _):
+    shutil.copytree(workdir, copy, dirs_exist_ok=True)
+  for question in ({}, {"programs": True}, {"other": url}):
+    there = launch(workdir=url, **question)
+    here = launch(workdir=workdir, **question)
+    assert there == here.replace(str(workdir), url)
+    assert str(tmp_path / "cache") not in there
+
+
+def test_no_run_at_a_url(launch, tmp_path, monkeypatch):
+  monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path / "cache"))
+  url = (tmp_path / "bucket").as_uri()
+  with pytest.raises(store_lib.StoreError, match=f"^{url} holds no run"):
+    launch(workdir=url)

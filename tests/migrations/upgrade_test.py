@@ -1,4 +1,4 @@
-"""An archive of schema 4 becomes what schema.py describes, or stays."""
+"""An archive of schema 4 or 5 becomes what schema.py describes, or stays."""
 
 import dataclasses
 import hashlib
@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import alembic.autogenerate
+import alembic.command
 import alembic.migration
 import numpy as np
 import pytest
@@ -331,6 +332,10 @@ def _layout(connection):
 
 
 def test_it_has_the_tables_of_a_new_archive(workdir):
+  _check_tables(workdir)
+
+
+def _check_tables(workdir):
   _create(workdir).close()
   path = workdir / store_lib.ARCHIVE
   upgraded = sa.create_engine(f"sqlite:///{path}")
@@ -352,12 +357,68 @@ def test_a_run_that_goes_on_upgrades_once_and_in_place(workdir, capsys):
       archive.add_completions(
           [records.Completion("loop", 3, 0, "x", True, "", 3)]
       )
-  assert "from schema 4 to 5" in capsys.readouterr().err
+  assert "from schema 4 to 6" in capsys.readouterr().err
   with _create(workdir) as archive:
     assert len(archive.sessions()) == 5
     assert len(archive.completions("loop", 3)) == 1
     assert archive.rows("PRAGMA integrity_check") == [("ok",)]
   assert not capsys.readouterr().err
+
+
+@pytest.fixture
+def workdir_5(workdir):
+  """With an archive as schema 5 had it."""
+  engine = sa.create_engine(f"sqlite:///{workdir / store_lib.ARCHIVE}")
+  with engine.begin() as connection:
+    alembic_config = migrations._config(connection)
+    alembic.command.stamp(alembic_config, "4")
+    alembic.command.upgrade(alembic_config, "5")
+    names = connection.exec_driver_sql("SELECT name FROM sqlite_master")
+    assert "incidents" not in names.scalars().all()
+  engine.dispose()
+  return workdir
+
+
+def _dump(workdir):
+  """{table: its rows}, without what says which schema it is."""
+  with sqlite3.connect(workdir / store_lib.ARCHIVE) as database:
+    rows = {
+        name: database.execute(f"SELECT * FROM {name}").fetchall()
+        for (name,) in database.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table'"
+            " AND name != 'alembic_version'"
+        )
+    }
+  database.close()
+  return rows
+
+
+def test_schema_5_is_read_and_the_file_stays(workdir_5):
+  before = _bytes(workdir_5)
+  with store_lib.Store.read(workdir_5) as archive:
+    assert archive.incidents() == []
+    assert len(archive.verdicts()) == len(_WRITTEN)
+    assert archive.candidates("loop", 1) == ["A", "B"]
+  assert _bytes(workdir_5) == before
+
+
+def test_a_run_brings_schema_5_up_to_date_in_place(workdir_5, capsys):
+  before = _dump(workdir_5)
+  with _create(workdir_5) as archive:
+    found = _dump(workdir_5)
+    assert found.pop("incidents") == []
+    assert found.pop("sessions")[:-1] == before.pop("sessions")
+    assert found == before
+    incident = records.Incident("lost", "w1", "host", "killed")
+    with archive.activity("loop", 3, "propose"):
+      archive.add_incident(incident)
+    (kept,) = archive.incidents()
+    assert dataclasses.replace(kept, at=None) == incident
+  assert "from schema 5 to 6" in capsys.readouterr().err
+
+
+def test_schema_5_becomes_the_tables_of_a_new_archive(workdir_5):
+  _check_tables(workdir_5)
 
 
 def test_a_run_of_another_config_upgrades_nothing(workdir):
@@ -434,7 +495,7 @@ def test_killed_it_leaves_the_old_archive(workdir, monkeypatch, capsys):
   assert _bytes(workdir) == before
   with _create(workdir) as archive:
     assert len(archive.verdicts()) == len(_WRITTEN)
-  assert "from schema 4 to 5" in capsys.readouterr().err
+  assert "from schema 4 to 6" in capsys.readouterr().err
 
 
 def test_what_refers_to_nothing_is_told(workdir):

@@ -175,6 +175,29 @@ def test_unfinished(tmp_path, build, until):
   assert "nan" not in text.lower().split()
 
 
+def test_workers_are_told_of_where_something_happened(tmp_path, build):
+  hostile = "<img src=x>\u202eevil"
+  with build(tmp_path, "first") as store:
+    assert '<section id="workers"' not in page.render(store)
+    with store.activity(records.LOOP, 1, "evaluate"):
+      for i in range(22):
+        store.add_incident(
+            records.Incident("duplicated", f"w{i}", "host", "a straggler")
+        )
+      store.add_incident(records.Incident("lost", hostile, hostile, hostile))
+    source = page.render(store)
+  _Page(source)
+  section = re.search('<section id="workers".*?</section>', source, re.S)[0]
+  assert "22 duplicated, 1 lost." in section
+  assert "the last 20 of 23" in section
+  rows = re.findall("<tr><th scope=.row.>(.*?)</tr>", section)
+  assert len(rows) == 20
+  assert '<td class="name">w3</td>' in rows[0]
+  assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC<", rows[0])
+  assert "</span>, iteration 1, " in rows[0]
+  assert "<img" not in section and "&lt;img src=x&gt;\\u202eevil" in rows[-1]
+
+
 def test_finished_without_a_scored_program(tmp_path, build):
   with build(tmp_path, "sampled") as store:
     about = page.context(reading.read(store)) | {"is_complete": True}

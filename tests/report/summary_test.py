@@ -387,3 +387,12 @@ def test_troubles_of_the_scorer_are_told(result):
   said = words.sampling(result | {"troubles": troubles})
   assert "1 dev answer could not be compared (timeout) and counts" in said
   assert "3 test answers could not be compared (error)" in said
+
+
+def test_what_happened_to_workers_changes_nothing(archive, result):
+  with archive.activity(records.LOOP, 0, "best"):
+    archive.add_incident(records.Incident("lost", "w1", "host", "killed"))
+  found = summary.summarize(archive)
+  differing = {key for key in found if found[key] != result[key]}
+  assert found.keys() == result.keys()
+  assert differing <= {"seconds"}  # The activity's own.
