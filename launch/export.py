@@ -15,11 +15,12 @@ checksum that the archive has of it. Without the run it is applied by
 from absl import flags
 
 from launch import app
+from selfdev_jax import storage
 from selfdev_jax.handover import export
 from selfdev_jax.handover import reopen
 from selfdev_jax.tiny import world
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory or URL of the run.")
 _PROGRAM = flags.DEFINE_string(
     "program", "best", "How the program's digest begins, or 'best'."
 )
@@ -28,12 +29,13 @@ flags.mark_flags_as_required(["workdir", "out"])
 
 
 def main(_):
-  provenance = export.run(
-      _WORKDIR.value,
-      _PROGRAM.value,
-      _OUT.value,
-      world.prepare(reopen.read_config(_WORKDIR.value)),
-  )
+  with storage.fetch(_WORKDIR.value) as workdir:
+    provenance = export.run(
+        workdir,
+        _PROGRAM.value,
+        _OUT.value,
+        world.prepare(reopen.read_config(workdir)),
+    )
   print(
       f"{_OUT.value}: program {provenance['program']}, weights"
       f" {provenance['weights']}"

@@ -19,11 +19,12 @@ from launch import app
 from selfdev_jax import errors
 from selfdev_jax import loop
 from selfdev_jax import records
+from selfdev_jax import storage
 from selfdev_jax.handover import reopen
 from selfdev_jax.handover import replay
 from selfdev_jax.tiny import world
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory or URL of the run.")
 _PROGRAM = flags.DEFINE_string(
     "program", None, "How the program's digest begins, or 'best'."
 )
@@ -50,14 +51,15 @@ flags.mark_flag_as_required("workdir")
 def main(_):
   if (_PROGRAM.value is None) == (_MODEL.value is None):
     raise errors.UserError("give either --program or --model")
-  result = replay.run(
-      _WORKDIR.value,
-      program=_PROGRAM.value,
-      model=_MODEL.value,
-      split=_SPLIT.value,
-      directories=world.prepare(reopen.read_config(_WORKDIR.value)),
-      host=loop.Host(_VLLM_PYTHON.value, _VLLM_ADDRESS.value),
-  )
+  with storage.fetch(_WORKDIR.value) as workdir:
+    result = replay.run(
+        workdir,
+        program=_PROGRAM.value,
+        model=_MODEL.value,
+        split=_SPLIT.value,
+        directories=world.prepare(reopen.read_config(workdir)),
+        host=loop.Host(_VLLM_PYTHON.value, _VLLM_ADDRESS.value),
+    )
   print(replay.table(result))
   print(json.dumps(result))
   if not replay.is_same(result):

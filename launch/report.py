@@ -1,22 +1,33 @@
 """Writes a run's report.html and prints its table, also while it runs.
 
 python -m launch.report --workdir=runs/tiny
+
+The page of a run whose workdir is at a URL is written on this machine.
 """
+
+import shutil
+import tempfile
 
 from absl import flags
 
 from launch import app
 from selfdev_jax import report
+from selfdev_jax import storage
 from selfdev_jax import store as store_lib
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run.", required=True
+    "workdir", None, "Directory or URL of the run.", required=True
 )
 
 
 def main(_):
-  with store_lib.Store.read(_WORKDIR.value) as store:
+  with (
+      storage.fetch(_WORKDIR.value) as workdir,
+      store_lib.Store.read(workdir) as store,
+  ):
     path = report.write(store)
+    if storage.is_remote(_WORKDIR.value):
+      path = shutil.copy(path, tempfile.mkdtemp(prefix="selfdev-report-"))
     print(report.table(report.summarize(store)))
   print(f"Report: {path}")
 

@@ -18,6 +18,12 @@ key of the config can be overridden: --config.beta=0.1.
 Over several hosts, the same command on each, on a file system that they share:
 
   ... --coordinator=HOST:PORT --processes=2 --process=0      (and --process=1)
+  srun python -m launch.train_dpo ... --coordinator=auto     (SLURM, Open MPI, a
+                                     TPU slice, GKE: as the scheduler says)
+
+One process may have its --workdir at a URL, such as gs://bucket/dpo: it works
+in a copy on this machine and pushes that every --config.save_every steps, and
+at its end, also where it is stopped.
 """
 
 import json
@@ -29,6 +35,8 @@ from ml_collections import config_flags
 from launch import app
 from selfdev_jax import config as config_lib
 from selfdev_jax import errors
+from selfdev_jax import storage
+from selfdev_jax.dpo import processes
 from selfdev_jax.dpo import run
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -39,7 +47,9 @@ _MODEL = flags.DEFINE_string(
 )
 _PAIRS = flags.DEFINE_string("pairs", None, "Preference pairs, see above.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the checkpoints, metrics and the adapter."
+    "workdir",
+    None,
+    "Directory, or URL, of the checkpoints, metrics and the adapter.",
 )
 _ADAPTER = flags.DEFINE_string(
     "adapter", None, "PEFT directory to start from; by default a fresh adapter."
@@ -51,7 +61,9 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Of the fresh adapter and of the order of pairs.", lower_bound=0
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0; with several processes."
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, or auto; with several processes.",
 )
 _PROCESSES = flags.DEFINE_integer(
     "processes", None, "How many there are.", lower_bound=1
@@ -64,54 +76,30 @@ flags.mark_flags_as_required(["config", "model", "pairs", "workdir"])
 
 def main(_):
   config = app.load_config(_CONFIG, config_lib.Dpo)
-  _join()
-  summary = run.run(
-      config,
-      _MODEL.value,
-      _PAIRS.value,
-      _WORKDIR.value,
-      adapter=_ADAPTER.value,
-      export=_EXPORT.value,
-      seed=_SEED.value,
-  )
+  if storage.is_remote(_WORKDIR.value) and _COORDINATOR.value is not None:
+    raise errors.UserError(
+        f"--workdir={_WORKDIR.value} is for one process, without --coordinator;"
+        " several need a directory that all their hosts share"
+    )
+  processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  with storage.open_workdir(_WORKDIR.value) as (workdir, push):
+
+    def on_step(step, _):
+      if step % config.save_every == 0:
+        push()
+
+    summary = run.run(
+        config,
+        _MODEL.value,
+        _PAIRS.value,
+        workdir,
+        adapter=_ADAPTER.value,
+        export=_EXPORT.value,
+        seed=_SEED.value,
+        on_step=on_step,
+    )
   if jax.process_index() == 0:
     print(json.dumps(summary))
-
-
-def _join():
-  """Meets the other processes, where there are any."""
-  holders = (_COORDINATOR, _PROCESSES, _PROCESS)
-  given = [holder.value is not None for holder in holders]
-  if not any(given):
-    return
-  if not all(given):
-    raise errors.UserError(
-        "--coordinator, --processes and --process go together"
-    )
-  if _PROCESS.value >= _PROCESSES.value:
-    raise errors.UserError(
-        f"--process={_PROCESS.value} has to be below"
-        f" --processes={_PROCESSES.value}; they are counted from 0"
-    )
-  host, _, port = _COORDINATOR.value.rpartition(":")
-  if not host or not port.isdigit():
-    raise errors.UserError(
-        f"--coordinator={_COORDINATOR.value} is not like HOST:PORT"
-    )
-  try:
-    jax.distributed.initialize(
-        _COORDINATOR.value,
-        _PROCESSES.value,
-        _PROCESS.value,
-        # By default it would listen on every address of the host.
-        coordinator_bind_address=_COORDINATOR.value,
-    )
-  except RuntimeError as error:
-    reason = " ".join(str(error).split())
-    raise errors.UserError(
-        f"--coordinator={_COORDINATOR.value}: the processes did not meet"
-        f" ({reason})"
-    ) from None
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from absl import flags
 
 from launch import app
 from selfdev_jax import loop
+from selfdev_jax import storage
 from selfdev_jax import transfer
 from selfdev_jax.sampling import engine
 from selfdev_jax.tiny import world
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory or URL of the run.")
 _EXPERTS = flags.DEFINE_list(
     "experts", None, "Directories, or org/name[@revision] on the hub."
 )
@@ -62,21 +63,22 @@ flags.mark_flags_as_required(["workdir", "experts", "tasks"])
 
 
 def main(_):
-  config = transfer.read_config(_WORKDIR.value)
-  result = transfer.run(
-      _WORKDIR.value,
-      _EXPERTS.value,
-      transfer.task_settings(config, _TASKS.value, _EVALUATE.value),
-      top=_TOP.value,
-      out=_OUT.value,
-      kind=_SAMPLER.value,
-      directories=world.prepare(config),
-      host=loop.Host(
-          vllm_python=_VLLM_PYTHON.value,
-          vllm_address=_VLLM_ADDRESS.value,
-          allow_weak_sandbox=_ALLOW_WEAK.value,
-      ),
-  )
+  with storage.fetch(_WORKDIR.value) as workdir:
+    config = transfer.read_config(workdir)
+    result = transfer.run(
+        workdir,
+        _EXPERTS.value,
+        transfer.task_settings(config, _TASKS.value, _EVALUATE.value),
+        top=_TOP.value,
+        out=_OUT.value,
+        kind=_SAMPLER.value,
+        directories=world.prepare(config),
+        host=loop.Host(
+            vllm_python=_VLLM_PYTHON.value,
+            vllm_address=_VLLM_ADDRESS.value,
+            allow_weak_sandbox=_ALLOW_WEAK.value,
+        ),
+    )
   print(transfer.table(result))
   print(json.dumps(result))
 

@@ -11,6 +11,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "selfdev_jax"
 # their own package.
 _ROWS = (
     ("cache", "errors", "progress"),
+    ("storage",),
     ("tables",),
     ("config",),
     ("records",),
@@ -28,6 +29,7 @@ _ROWS = (
     ("dpo",),
     ("tiny",),
     ("board",),
+    ("executors",),
     ("loop",),
     ("report",),
     ("dashboard",),

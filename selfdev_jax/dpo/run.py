@@ -1,5 +1,6 @@
 """From files to files: a model and preference pairs to a better model."""
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import math
@@ -32,6 +33,7 @@ def run(
     adapter: str | None = None,
     export: str | None = None,
     seed: int = 0,
+    on_step: Callable[[int, dict[str, float]], None] = lambda *_: None,
 ) -> dict[str, Any]:
   """Trains a model on a file of pairs, or goes on where that was stopped.
 
@@ -44,6 +46,7 @@ def run(
     export: a new directory for the whole model, the adapter added to its
       weights; None: none is written.
     seed: of the fresh adapter and of the order of pairs.
+    on_step: see `train.train`.
 
   Returns:
     The last step's metrics, and how many pairs and steps there were.
@@ -85,6 +88,7 @@ def run(
         jax.random.fold_in(key, 1),
         workdir=workdir,
         weights=convert.digest(directory),
+        on_step=on_step,
     )
     if is_first:
       workdir = pathlib.Path(workdir)

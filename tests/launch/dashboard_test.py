@@ -3,19 +3,26 @@
 import importlib.util
 import pathlib
 import re
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
 
+from selfdev_jax import dashboard
 from selfdev_jax import errors
+from selfdev_jax import storage
 from selfdev_jax import store as store_lib
+from selfdev_jax.dashboard import overview
 from selfdev_jax.dashboard import server
 
 _ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = _ROOT / "launch" / "dashboard.py"
 
 
 @pytest.fixture(name="workdir", scope="module")
@@ -51,6 +58,43 @@ def test_answers_until_ctrl_c(workdir):
     out, err = process.communicate(timeout=20)
   assert process.returncode == 0
   assert out == "" and err.strip() == f"Reading {workdir}"
+
+
+def test_a_run_at_a_url(launch, workdir, tmp_path, monkeypatch):
+  """What is pushed meanwhile is shown."""
+  monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path / "cache"))
+  url = (tmp_path / "bucket").as_uri()
+  with storage.open_workdir(url) as (run, push):
+    shutil.copytree(workdir, run, dirs_exist_ok=True)
+    push()
+
+    def serve(copy, host, port):
+      assert (host, port) == ("127.0.0.1", 8642)
+      archive = overview.Archive(copy)
+      with archive.read() as store:
+        assert store.config().name == "t"
+      state = archive.state()
+      with sqlite3.connect(run / store_lib.ARCHIVE) as db:
+        db.execute(
+            "UPDATE meta SET value = json_set(value, '$.name', 'after')"
+            " WHERE key = 'config'"
+        )
+      db.close()
+      push()
+      deadline = time.monotonic() + 20
+      while archive.state() == state:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+      with archive.read() as store:
+        assert store.config().name == "after"
+      served.append(copy)
+
+    served, fetch = [], storage.fetch
+    monkeypatch.setattr(dashboard, "serve", serve)
+    sooner = lambda path, every_s: fetch(path, every_s=every_s / 1000)
+    monkeypatch.setattr(storage, "fetch", sooner)
+    launch(workdir=url)
+    assert served
 
 
 @pytest.mark.slow

@@ -96,14 +96,14 @@ def root(tmp_path_factory, random_params) -> pathlib.Path:
 
 @pytest.fixture
 def begin(root, tmp_path):
-  """begin(*changes, devices, **flags) -> the process.
+  """begin(*changes, devices, environment, **flags) -> the process.
 
   A flag that is None is left out.
   """
 
   started = []
 
-  def begin(*changes, devices=1, **flags):
+  def begin(*changes, devices=1, environment=(), **flags):
     flags = {
         "config": "configs/dpo.py",
         "model": root / "model",
@@ -118,7 +118,7 @@ def begin(root, tmp_path):
         SELFDEV_CACHE=str(root / "cache"),
         XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )
+    ) | dict(environment)
     process = subprocess.Popen(
         [*command, *_CHANGES, *changes],
         cwd=_ROOT,
@@ -276,6 +276,64 @@ def test_two_processes_equal_one(begin, launched, tmp_path, trains):
   jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, wanted
   )
+
+
+@pytest.mark.slow
+def test_two_processes_of_slurm_equal_one(begin, launched, tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  changes = ("--config.fsdp=2", "--config.steps=12")
+  changes += ("--config.learning_rate=1e-4", "--config.warmup_fraction=0.5")
+  expected, _ = launched(*changes, devices=2, workdir=one)
+  port = str(_free_port())
+  both = [
+      begin(
+          *changes,
+          workdir=two,
+          coordinator="auto",
+          # As `srun -n 2` sets them, and a port that is free.
+          environment={
+              "SLURM_JOB_ID": "7",
+              "SLURM_STEP_NODELIST": "127.0.0.1",
+              "SLURM_NTASKS": "2",
+              "SLURM_PROCID": str(process),
+              "SLURM_LOCALID": str(process),
+              "JAX_COORDINATOR_PORT": port,
+              "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+          },
+      )
+      for process in (0, 1)
+  ]
+  (summary, _), (nothing, _) = map(_finish, both)
+  assert nothing is None
+  assert set(summary) == set(expected)
+  _assert_close(two, one)
+
+
+# A workdir at a URL.
+
+
+@pytest.mark.slow
+def test_interrupted_and_taken_up_by_another_machine(begin, launched, tmp_path):
+  """Ctrl-C after a checkpoint; the checkpoint comes from the URL."""
+  whole, url = tmp_path / "whole", (tmp_path / "bucket" / "run").as_uri()
+  expected, _ = launched(workdir=whole)
+  environments = [
+      {"SELFDEV_CACHE": str(tmp_path / f"machine-{i}")} for i in range(2)
+  ]
+  process = begin(workdir=url, environment=environments[0])
+  deadline = time.monotonic() + 240
+  while not list(tmp_path.glob("machine-0/workdirs/*/run/checkpoints/20")):
+    assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(0.001)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 130, err
+  summary, err = launched(workdir=url, environment=environments[1])
+  assert summary == expected
+  assert "DPO: reference" not in err
+  (copy,) = tmp_path.glob("machine-1/workdirs/*/run")
+  assert _adapter(copy) == _adapter(whole)
+  assert _metrics(copy) == _metrics(whole)
 
 
 @pytest.mark.slow
@@ -458,16 +516,23 @@ def test_what_could_not_be_taken_is_counted(launched, tmp_path):
             "--coordinator=here is not like HOST:PORT",
         ),
         (dict(export="."), "--export=. exists; name a new directory"),
+        (dict(coordinator="auto", process=1), "auto takes no --processes and"),
+        (
+            dict(workdir="memory://run", coordinator="auto"),
+            "--workdir=memory://run is for one process, without --coordinator",
+        ),
     ],
 )
 def test_flags_that_do_not_fit(launch, root, tmp_path, flags, message):
   with pytest.raises(errors.UserError, match=message) as caught:
     launch(
-        config=_ROOT / "configs" / "dpo.py",
-        model=root / "model",
-        pairs=root / "pairs.jsonl",
-        workdir=tmp_path / "workdir",
-        **flags,
+        **{
+            "config": _ROOT / "configs" / "dpo.py",
+            "model": root / "model",
+            "pairs": root / "pairs.jsonl",
+            "workdir": tmp_path / "workdir",
+        }
+        | flags
     )
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "workdir").exists()
