@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import socket
 
 import huggingface_hub
 import jax
@@ -31,6 +32,7 @@ OK, MISSING, UNKNOWN = "ok", "missing", "unknown"
 # Of a model whose own shapes do not matter: the layers around a program.
 _ANY_SHAPES = ((8, 8),)
 _VOCABULARY = ("embed", "head")
+_CONNECT_S = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,12 @@ def run(
       _accelerator(config, device),
       _workdir(config, pathlib.Path(workdir)),
   ]
+  if config.executor == "ray":
+    checks += [
+        _ray_extra(),
+        _ray_address(config.ray.address),
+        _ray_paths(config, pathlib.Path(workdir), places),
+    ]
   if estimate is not None:
     checks += [
         _device_memory(device, estimate),
@@ -304,6 +312,62 @@ def _sandbox(config, host: loop.Host) -> Check:
   return Check(what, OK, f"{', '.join(holds)}{without}")
 
 
+# The cluster.
+
+
+def _ray_extra() -> Check:
+  what = "ray"
+  if importlib.util.find_spec("ray") is None:
+    return Check(what, MISSING, "not installed", "pip install -e .[ray]")
+  return Check(what, OK, "installed")
+
+
+def _ray_address(address: str) -> Check:
+  """Whether anyone listens there; whether it is Ray is for a run to see."""
+  what = f"cluster {address}"
+  if address == "local":
+    return Check(what, OK, "a run starts one on this machine")
+  if address == "auto":
+    return Check(what, UNKNOWN, "a run looks for one that this host is in")
+  host, _, port = address.rpartition(":")
+  is_port = port.isdecimal() and len(port) <= 5 and 0 < int(port) < 1 << 16
+  if not host or not is_port:
+    return Check(
+        what,
+        MISSING,
+        "no address",
+        "give ray.address as HOST:PORT, or auto, or local",
+    )
+  try:
+    # An IPv6 address stands in brackets.
+    with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S):
+      return Check(what, OK, "answers")
+  except (OSError, UnicodeError) as error:  # The latter of names too long.
+    return Check(
+        what,
+        MISSING,
+        f"nobody answers ({reading.one_line(error)})",
+        "ray start --head on that host, or mend ray.address",
+    )
+
+
+def _ray_paths(config, workdir: pathlib.Path, places) -> Check:
+  what = "paths on all hosts"
+  if config.ray.address == "local":
+    return Check(what, OK, "one host, this one")
+  paths = [workdir.absolute()]
+  for place in places.values():
+    if place.path is not None:
+      paths.append(place.path.absolute())
+    elif place.name.startswith(world.PREFIX) and config.tiny is not None:
+      # A run trains them first.
+      paths.append(world.cache_directory(config.tiny, config.propose.prompt))
+  named = ", ".join(map(str, dict.fromkeys(paths)))
+  return Check(
+      what, UNKNOWN, f"not known from here; every host has to see {named}"
+  )
+
+
 # The machine.
 
 
@@ -444,7 +508,10 @@ def _workdir(config, path: pathlib.Path) -> Check:
       is_done = archive.is_done(records.LOOP, 0, "export")
   except errors.UserError as error:
     return Check(what, MISSING, str(error), "choose another --workdir")
-  ours = config_lib.flatten(config_lib.to_dict(config))
+  ours = config_lib.without_places(
+      config_lib.flatten(config_lib.to_dict(config))
+  )
+  theirs = config_lib.without_places(theirs)
   # As JSON has them: tuples are lists.
   plain = lambda value: list(value) if isinstance(value, tuple) else value
   differing = sorted(

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import socket
 import types
 
 import pytest
@@ -242,6 +243,64 @@ def test_who_shares_a_model_needs_so_many_devices(monkeypatch):
   assert "vllm.tensor_parallel is 2" in check.found
 
 
+def _cluster(address, **changes):
+  ray = config_lib.Ray(address=address)
+  return dataclasses.replace(_SMOKE, executor="ray", ray=ray, **changes)
+
+
+def test_one_process_is_asked_nothing_about_clusters(tmp_path):
+  found = set(_run(_SMOKE, tmp_path))
+  more = set(_run(_cluster("local"), tmp_path)) - found
+  assert more == {"ray", "cluster local", "paths on all hosts"}
+
+
+def test_ray_has_to_be_installed(monkeypatch, tmp_path):
+  assert "ray" not in _missing(_run(_cluster("local"), tmp_path))
+  monkeypatch.setattr(checks_lib.importlib.util, "find_spec", lambda name: None)
+  check = _run(_cluster("local"), tmp_path)["ray"]
+  assert (check.status, check.way_out) == ("missing", "pip install -e .[ray]")
+
+
+def test_a_cluster_that_answers_and_one_that_does_not():
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    assert checks_lib._ray_address(address).status == checks_lib.OK
+  check = checks_lib._ray_address(address)
+  assert check.status == checks_lib.MISSING and "refused" in check.found
+  assert checks_lib._ray_address("local").status == checks_lib.OK
+  assert checks_lib._ray_address("auto").status == checks_lib.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "host", "host:", ":6379", "host:ray", "host:0", "host:99999"],
+)
+def test_what_is_no_address(address):
+  check = checks_lib._ray_address(address)
+  assert check.status == checks_lib.MISSING and "HOST:PORT" in check.way_out
+  check = checks_lib._ray_address("host:" + "9" * 5000)  # No int for Python.
+  assert check.status == checks_lib.MISSING
+
+
+def test_a_host_s_name_that_is_none():
+  check = checks_lib._ray_address("x" * 70 + ":6379")
+  assert check.status == checks_lib.MISSING and "nobody" in check.found
+
+
+def test_the_paths_that_all_hosts_have_to_see_are_named(directories, tmp_path):
+  what = "paths on all hosts"
+  config = _cluster(
+      "auto", seed_model=str(directories[0]), experts=(str(directories[1]),)
+  )
+  check = _run(config, tmp_path)[what]
+  assert check.status == checks_lib.UNKNOWN
+  for path in (tmp_path / "run", *directories):
+    assert str(path) in check.found
+  check = _run(_cluster("auto"), tmp_path)[what]  # The world's cache.
+  assert check.found.count(str(tmp_path / "cache")) == 1
+  assert _run(_cluster("local"), tmp_path)[what].status == checks_lib.OK
+
+
 def test_memory_and_disk(monkeypatch, tmp_path):
   found = _run(_SMOKE, tmp_path)
   assert {"host memory", "disk of the workdir"} <= set(found)
@@ -259,6 +318,8 @@ def test_a_workdir_that_holds_this_run_or_another(tmp_path):
     pass
   check = _run(_SMOKE, tmp_path)[what]
   assert check.status == checks_lib.OK and "would go on" in check.found
+  # It may go on elsewhere.
+  assert _run(_cluster("auto"), tmp_path)[what].status == checks_lib.OK
   other = dataclasses.replace(_SMOKE, seed=1)
   check = _run(other, tmp_path)[what]
   assert check.status == checks_lib.MISSING and "seed" in check.found
