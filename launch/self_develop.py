@@ -6,6 +6,9 @@ Any key of the config can be overridden: --config.dpo.beta=0.2. The same
 command resumes a run that was stopped. --config.sampler=vllm samples through a
 vLLM server (`make vllm-env` installs one). The last line is the result as JSON.
 
+--workdir=gs://bucket/run, or s3://...: the run works in a copy on this machine
+and pushes it after each stage; the same command goes on from there on another.
+
   python -m launch.self_develop --config=configs/paper_gsm8k.py \
     --workdir=runs/gsm8k --plan --plan_device=H200
 
@@ -19,9 +22,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import app
+from selfdev_jax import errors
 from selfdev_jax import loop
 from selfdev_jax import plan
 from selfdev_jax import report
+from selfdev_jax import storage
 from selfdev_jax import store
 from selfdev_jax.tiny import world
 
@@ -29,7 +34,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with get_config(), such as configs/tiny.py."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the archive, the factories and the report."
+    "workdir",
+    None,
+    "Directory of the archive, the factories and the report, or a URL.",
 )
 _VLLM_PYTHON = flags.DEFINE_string(
     "vllm_python",
@@ -82,16 +89,30 @@ def main(_):
       _TRACE.value,
   )
   if _PLAN.value:
-    plan.show(config, _WORKDIR.value, host, _PLAN_DEVICE.value)
+    with storage.fetch(_WORKDIR.value) as workdir:
+      plan.show(config, workdir, host, _PLAN_DEVICE.value)
     return
   loop.check(config)
-  loop.run(config, _WORKDIR.value, world.prepare(config), host)
-  with store.Store.read(_WORKDIR.value) as archive:
-    summary = report.summarize(archive)
-    page = report.write(archive)
+  _check_place(config, _WORKDIR.value)
+  with storage.open_workdir(_WORKDIR.value) as (workdir, push):
+    loop.run(config, workdir, world.prepare(config), host, push=push)
+    with store.Store.read(workdir) as archive:
+      summary = report.summarize(archive)
+      page = report.write(archive)
   print(report.table(summary))
   print(f"Report: {page}")
   print(json.dumps(summary))
+
+
+def _check_place(config, workdir):
+  """Refuses a workdir that other hosts would not see."""
+  is_elsewhere = config.executor == "ray" and config.ray.address != "local"
+  if is_elsewhere and storage.is_remote(workdir):
+    raise errors.UserError(
+        f"--workdir={workdir} is worked on in a copy on this machine, which"
+        " the cluster's other hosts do not see; name a directory that they"
+        " share, mounted from an object store if need be"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -47,11 +48,12 @@ from selfdev_jax import sampling
 from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
 from selfdev_jax.dpo import lora
-from selfdev_jax.dpo import train as train_lib
 from selfdev_jax.dpo import workdir as workdir_lib
 from selfdev_jax.evaluation import racing
-from selfdev_jax.sampling import engine as engine_lib
-from selfdev_jax.sandbox import runner
+from selfdev_jax.executors import access
+from selfdev_jax.executors import executor as executor_lib
+from selfdev_jax.executors import work as work_lib
+from selfdev_jax.executors import worker as worker_lib
 
 # What the sweeps search: factors of a task vector, evenly on a log scale (the
 # best ones differ by an order of magnitude between worlds), densities of TIES.
@@ -66,17 +68,6 @@ _BOARD_S = 30.0  # TensorBoard sees new scores at least so often.
 # The control draws at most this many times the loop's samples to evaluate as
 # many new programs as the loop did.
 _CONTROL_OVERSAMPLING = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-  """What is merged: the seed model, its experts and their tokenizer."""
-
-  decoder: models.DecoderConfig
-  seed: models.Params
-  merges: runner.Merging
-  tokenizer: transformers.PreTrainedTokenizerBase
-  directory: pathlib.Path  # The seed model's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +95,7 @@ def run(
     workdir: str | os.PathLike,
     directories: Mapping[str, pathlib.Path] | None = None,
     host: Host = Host(),
+    push: Callable[[], None] = lambda: None,
 ):
   """Runs or resumes Self-Developing in `workdir`.
 
@@ -114,41 +106,124 @@ def run(
     directories: where the models behind names such as `tiny:seed` are; other
       names are directories themselves, or `org/name[@revision]` on the hub.
     host: what the sampler needs of this machine.
+    push: called when a stage is done; copies the workdir to where it is kept.
 
   Raises:
     UserError: for models, configs or workdirs that do not fit, in one line.
   """
   check(config)
-  paths = {
-      name: convert.resolve((directories or {}).get(name, name))
-      for name in (config.seed_model, *config.experts)
-  }
+  names = (config.seed_model, *config.experts)
+  places = {name: str((directories or {}).get(name, name)) for name in names}
+  paths = {name: convert.resolve(place) for name, place in places.items()}
   with store_lib.lock(workdir), contextlib.ExitStack() as stack:
-    loaded = load(config, paths, stack)
-    box = stack.enter_context(_sandbox(config, loaded, host))
-    longest = _check_lengths(config, loaded)
-    identity = {
-        f"model {name}": convert.digest(path) for name, path in paths.items()
-    }
-    prompt = programs.load_prompt(config.propose.prompt)
-    identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
-    identity["items"] = evaluation.digest(
-        list(itertools.chain(*load_items(config.evaluate).values()))
-    )
-    provenance = _provenance() | {
-        "sandbox": box.layers(),
-        "allow_weak_sandbox": host.allow_weak_sandbox,
-    }
-    archive = stack.enter_context(
-        store_lib.Store.create(workdir, config, identity, provenance)
-    )
+    directory = paths[config.seed_model]
+    decoder = convert.read_config(directory)
+    longest = _check_lengths(config, decoder, convert.load_tokenizer(directory))
+    identity = _identity(config, paths)
+    if config.executor == "ray":
+      places = {name: _absolute(place) for name, place in places.items()}
+      archive, executor = _cluster(
+          config, workdir, places, identity, decoder, longest, host, stack
+      )
+    else:
+      archive, executor = _local(
+          config, workdir, paths, identity, longest, host, stack
+      )
     if archive.is_done(records.LOOP, 0, LAST_STAGE):
       return
-    sampler = stack.enter_context(
-        contextlib.closing(_sampler(config, loaded, longest, host, archive))
-    )
     board = stack.enter_context(board_lib.Board(archive))
-    _Run(config, archive, loaded, box, sampler, board, host.trace).run()
+    _Run(config, archive, executor, board, host.trace, push).run()
+
+
+def _identity(config, paths) -> dict[str, str]:
+  """What has to be equal to resume, beside the config."""
+  identity = {
+      f"model {name}": convert.digest(path) for name, path in paths.items()
+  }
+  prompt = programs.load_prompt(config.propose.prompt)
+  identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
+  items = evaluation.load_items(config.evaluate)
+  identity["items"] = evaluation.digest(list(itertools.chain(*items.values())))
+  return identity
+
+
+def _local(config, workdir, paths, identity, longest, host, stack):
+  """The archive, and this process as its executor."""
+  loaded = worker_lib.load(config, paths, stack)
+  box = stack.enter_context(
+      sandbox.Sandbox(
+          config.sandbox,
+          loaded.merges.shapes,
+          len(config.experts),
+          host.allow_weak_sandbox,
+      )
+  )
+  archive = _archive(config, workdir, identity, box.layers(), host, stack)
+  if archive.is_done(records.LOOP, 0, LAST_STAGE):
+    return archive, None
+  sampler = stack.enter_context(
+      contextlib.closing(_sampler(config, loaded, longest, host, archive))
+  )
+  return archive, executor_lib.Local(config, loaded, box, sampler)
+
+
+def _absolute(place: str) -> str:
+  """A directory for processes that are elsewhere; a hub id as it is."""
+  path = pathlib.Path(place)
+  return str(path.absolute()) if path.is_dir() else place
+
+
+def _cluster(config, workdir, places, identity, decoder, longest, host, stack):
+  """The archive, and the workers of a Ray cluster as its executor."""
+  for flag, value in (
+      ("recording", host.recording),
+      ("vllm_address", host.vllm_address),
+  ):
+    if value is not None:
+      raise errors.UserError(
+          f"--{flag} is for one process: give --config.executor=local"
+      )
+  if config.ray.address == "local":
+    access.guard_local()
+  # Ray is an extra, and reads the environment when it is imported.
+  from selfdev_jax.executors import cluster as cluster_lib
+
+  engines, is_over = [], False
+  # There may be none yet, or, after a kill, one without tables.
+  with (
+      contextlib.suppress(store_lib.StoreError),
+      store_lib.Store.read(workdir) as archive,
+  ):
+    engines = archive.engines()
+    is_over = archive.is_done(records.LOOP, 0, LAST_STAGE)
+  if is_over:
+    return _archive(config, workdir, identity, {}, host, stack), None
+  setup = work_lib.Setup(
+      config=config,
+      models=places,
+      digests={name: identity[f"model {name}"] for name in places},
+      kind=_kind(config, host, engines),
+      longest=longest,
+      vllm_python=host.vllm_python,
+      allow_weak_sandbox=host.allow_weak_sandbox,
+      workdir=str(pathlib.Path(workdir).absolute()),
+      decoder=decoder,
+  )
+  executor = stack.enter_context(cluster_lib.Cluster(setup))
+  return (
+      _archive(config, workdir, identity, executor.layers, host, stack),
+      executor,
+  )
+
+
+def _archive(config, workdir, identity, layers, host, stack) -> store_lib.Store:
+  provenance = _provenance() | {
+      "sandbox": layers,
+      "allow_weak_sandbox": host.allow_weak_sandbox,
+  }
+  return stack.enter_context(
+      store_lib.Store.create(workdir, config, identity, provenance)
+  )
 
 
 def check(config: config_lib.Config):
@@ -157,8 +232,9 @@ def check(config: config_lib.Config):
   Raises:
     UserError: naming the key.
   """
-  load_items(config.evaluate)
+  evaluation.load_items(config.evaluate)
   programs.load_prompt(config.propose.prompt)
+  _check_place(config)
   if config.dpo.trains != "lora":
     raise errors.UserError(
         f"config key 'dpo.trains' is {config.dpo.trains!r}; a run's factories"
@@ -170,26 +246,34 @@ def check(config: config_lib.Config):
     raise errors.UserError("config key 'experts' names a model twice")
 
 
-@functools.cache
-def load_items(
-    settings: config_lib.Evaluate,
-) -> Mapping[str, list[evaluation.Item]]:
-  """What is asked on each split; made once, as MATH takes a while."""
-  task = evaluation.load(settings)
-  return {
-      records.DEV: task.items(records.DEV, settings.dev_size),
-      records.TEST: task.items(records.TEST, settings.test_size),
-  }
+def _check_place(config: config_lib.Config):
+  """What `executor=ray` needs, before anything is looked for."""
+  if config.executor == "local":
+    return
+  if importlib.util.find_spec("ray") is None:
+    raise errors.UserError(
+        "config key 'executor' is 'ray', which is not installed: pip install -e"
+        " .[ray], on every host"
+    )
+  if config.sampler == "replay":
+    raise errors.UserError(
+        "config key 'sampler' is 'replay'; a recording is replayed with"
+        " --config.executor=local"
+    )
 
 
-def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
+def _check_lengths(
+    config: config_lib.Config,
+    decoder: models.DecoderConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> int:
   """The positions that the longest prompt and what follows it need.
 
   Raises:
     UserError: if the factory's prompt, its completion and EOS do not fit.
   """
-  positions = loaded.decoder.max_positions
-  count = lambda text: len(loaded.tokenizer.encode(text))
+  positions = decoder.max_positions
+  count = lambda text: len(tokenizer.encode(text))
   prompt = count(programs.load_prompt(config.propose.prompt))
   new = config.propose.max_new_tokens
   if sampling.slots(prompt) + new + 1 > positions:
@@ -204,7 +288,7 @@ def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
         f"evaluate.max_new_tokens is {new}, the model has {positions}"
         " positions; lower it"
     )
-  for split, items in load_items(config.evaluate).items():
+  for split, items in evaluation.load_items(config.evaluate).items():
     lengths = [count(item.prompt) for item in items]
     cut = sum(length + new > positions for length in lengths)
     if cut:
@@ -219,116 +303,51 @@ def _check_lengths(config: config_lib.Config, loaded: Models) -> int:
 
 def _sampler(
     config: config_lib.Config,
-    loaded: Models,
+    loaded: worker_lib.Models,
     longest: int,
     host: Host,
     archive: store_lib.Store,
 ) -> sampling.Sampler:
   """The config's sampler; the caller closes it."""
-  kind = config.sampler
   # A recording is of one run, whoever samples for it.
   of_run = dataclasses.replace(
       config, sampler="auto", vllm=config_lib.Vllm(), name=""
   )
   run_id = config_lib.digest(of_run) + json.dumps(archive.meta("identity"))
-  if kind == "replay":
+  if config.sampler == "replay":
     if host.recording is None:
       raise errors.UserError("--config.sampler=replay needs --recording=FILE")
     return sampling.ReplaySampler(host.recording, run_id)
-  if kind == "auto":
-    has_vllm = host.vllm_address is not None or sampling.is_installed()
-    kind = "vllm" if has_vllm else "jax"
-    # A run that goes on goes on with what it began with.
-    kind = (archive.engines() or [kind])[0].partition(" ")[0]
-    progress.note(f"sampler is auto: {kind}")
-  sampler = open_sampler(
-      kind, config.vllm, loaded, longest, host, archive.workdir / "vllm"
+  sampler = worker_lib.open_sampler(
+      _kind(config, host, archive.engines()),
+      config.vllm,
+      loaded,
+      longest,
+      archive.workdir / "vllm",
+      host.vllm_python,
+      host.vllm_address,
   )
   if host.recording is not None:
     return sampling.Recorder(sampler, host.recording, run_id)
   return sampler
 
 
-def open_sampler(
-    kind: str,
-    settings: config_lib.Vllm,
-    loaded: Models,
-    longest: int,
-    host: Host,
-    log_dir: pathlib.Path,
-) -> sampling.Sampler:
-  """`sampling.engine.open_sampler` for models that are loaded, on this host."""
-  return engine_lib.open_sampler(
-      kind,
-      loaded.decoder,
-      loaded.seed,
-      loaded.tokenizer,
-      loaded.directory,
-      longest=longest,
-      log_dir=log_dir,
-      settings=settings,
-      python=host.vllm_python,
-      address=host.vllm_address,
-  )
-
-
-def load(
-    config: config_lib.Config,
-    paths: Mapping[str, pathlib.Path],
-    stack: contextlib.ExitStack,
-) -> Models:
-  """Reads the models of a config.
+def _kind(config, host: Host, engines: Sequence[str]) -> str:
+  """Of the sampler, where `auto` is settled.
 
   Args:
     config: of the run.
-    paths: directories, by the config's names.
-    stack: gets what has to be closed again.
+    host: that it begins on.
+    engines: that have sampled for it already.
   """
-  seed_path = paths[config.seed_model]
-  decoder, seed = convert.load(seed_path)
-  experts = {name: paths[name] for name in config.experts}
-  for name, path in experts.items():
-    for difference in _differences(decoder, convert.read_config(path)):
-      progress.note(f"expert {name} {difference}")
-  scope = config.merge.scope
-  if jax.default_backend() == "tpu":
-    progress.note(
-        "one process has the TPU: merges run in this one, without a watchdog"
-    )
-    trees = {name: convert.load(path)[1] for name, path in experts.items()}
-    merges = runner.Merges(seed, trees, scope)
-  else:
-    engine_lib.check_shared_device("the process that merges")
-    merges = stack.enter_context(
-        runner.Runner(seed, seed_path, experts, scope, config.merge.timeout_s)
-    )
-  for note in merges.notes:
-    progress.note(note)
-  tokenizer = convert.load_tokenizer(seed_path)
-  return Models(decoder, seed, merges, tokenizer, seed_path)
-
-
-def _differences(
-    seed: models.DecoderConfig, expert: models.DecoderConfig
-) -> list[str]:
-  """Of what no tensor shows and a merged model has from the seed model."""
-  free = ("vocab_size", "max_positions")
-  names = [f.name for f in dataclasses.fields(seed) if f.name not in free]
-  return [
-      f"has {name} {getattr(expert, name)}, the seed model"
-      f" {getattr(seed, name)}: it is merged and run with the seed model's"
-      for name in names
-      if getattr(expert, name) != getattr(seed, name)
-  ]
-
-
-def _sandbox(config, loaded, host) -> sandbox.Sandbox:
-  return sandbox.Sandbox(
-      config.sandbox,
-      loaded.merges.shapes,
-      len(config.experts),
-      host.allow_weak_sandbox,
-  )
+  kind = config.sampler
+  if kind == "auto":
+    has_vllm = host.vllm_address is not None or sampling.is_installed()
+    kind = "vllm" if has_vllm else "jax"
+    # A run that goes on goes on with what it began with.
+    kind = (engines or [kind])[0].partition(" ")[0]
+    progress.note(f"sampler is auto: {kind}")
+  return kind
 
 
 def _git_revision() -> str:
@@ -367,16 +386,6 @@ def _program(digest: str) -> str:
   return records.PROGRAM + digest
 
 
-def _sweep_settings(family: str, settings: str) -> tuple[str, dict[str, Any]]:
-  """Method and parameters behind a name that `_sweep` gave."""
-  values = [float(part.split("=")[-1]) for part in settings.split(",")]
-  if family == "ties":
-    density, scale = values
-    return "ties", {"weight": 1.0, "density": density, "lambda_": scale}
-  # One scale for all experts, or a weight for each.
-  return "task_arithmetic", {"weight": values if values[1:] else values[0]}
-
-
 @dataclasses.dataclass(frozen=True)
 class _Counters:
   """Several that count the same."""
@@ -395,22 +404,19 @@ class _Run:
       self,
       config: config_lib.Config,
       archive: store_lib.Store,
-      loaded: Models,
-      box: sandbox.Sandbox,
-      sampler: sampling.Sampler,
+      executor: executor_lib.Executor,
       board: board_lib.Board,
-      trace: bool,
+      trace: bool = False,
+      push: Callable[[], None] = lambda: None,
   ):
     self._config = config
     self._archive = archive
-    self._models = loaded
-    self._box = box
+    self._executor = executor
     self._prompt = programs.load_prompt(config.propose.prompt)
-    self._task = evaluation.load(config.evaluate)
-    self._items = load_items(config.evaluate)
-    self._sampler = sampler
+    self._items = evaluation.load_items(config.evaluate)
     self._board = board
     self._trace = trace
+    self._push = push
 
   def run(self):
     """All iterations, the baselines, then the test set, once."""
@@ -446,9 +452,19 @@ class _Run:
         progress.bar(f"{where}{what}", total, unit) as bar,
         jax.profiler.TraceAnnotation(f"{where}{stage}"),
     ):
-      beat = lambda _: self._board.update(every_s=_BOARD_S)
-      yield _Counters((bar.update, self._archive.advance, beat))
+      yield _Counters((bar.update, self._archive.advance, self._beat))
+      self._keep_incidents()
     self._board.update()
+    self._push()
+
+  def _beat(self, _: int):
+    """What is done now and then while work goes on."""
+    self._keep_incidents()
+    self._board.update(every_s=_BOARD_S)
+
+  def _keep_incidents(self):
+    for incident in self._executor.incidents():
+      self._archive.add_incident(incident)
 
   def _traced(self, t: int) -> contextlib.AbstractContextManager:
     """Profiles iteration `t` where that is asked for and it has work left."""
@@ -493,30 +509,30 @@ class _Run:
 
   def _propose(self, arm: str, t: int, samples: int):
     """Samples the arm's factory until it has written `samples` completions."""
-    config = self._config.propose
     have = len(self._archive.completions(arm, t))
     if have >= samples:
       return
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         self._key(t, "propose"), jnp.arange(have, samples)
     )
-    lora = self._adapter(arm, t)
-    version = "seed" if lora is None else f"factory:{t}"
-    factory = 1 if lora is None else t
-    self._sampler.swap_weights(self._models.seed, version, lora)
-    with self._working(
-        arm, t, "propose", "sampling", samples - have, "program"
-    ) as bar:
-      if lora is None:
+    adapter = self._adapter(arm, t)
+    factory = 1 if adapter is None else t
+    work = work_lib.Sample(
+        "seed" if adapter is None else f"factory:{t}",
+        self._prompt,
+        np.asarray(jax.random.key_data(keys)),
+        self._config.temperature(t),
+    )
+    with (
+        self._working(
+            arm, t, "propose", "sampling", samples - have, "program"
+        ) as bar,
+        contextlib.closing(self._executor.sample(work, adapter)) as batches,
+    ):
+      if adapter is None:
         self._archive.add_factory(1, "")
-      for batch in self._sampler.generate(
-          [self._prompt] * (samples - have),
-          keys,
-          max_new_tokens=config.max_new_tokens,
-          batch_size=config.batch_size,
-          temperature=self._config.temperature(t),
-      ):
-        engine = self._sampler.engine
+      for batch in batches:
+        engine = self._executor.engine
         self._archive.add_completions(
             [
                 records.Completion(
@@ -541,7 +557,7 @@ class _Run:
     ) as bar:
       extracted = [self._extract(completion) for completion in waiting]
       sources = [x for x in extracted if isinstance(x, str)]
-      with contextlib.closing(self._box.admit_all(sources)) as answers:
+      with contextlib.closing(self._executor.admit(sources)) as answers:
         for completion, source in zip(waiting, extracted, strict=True):
           is_source = isinstance(source, str)
           self._keep(completion, source, next(answers) if is_source else source)
@@ -670,56 +686,54 @@ class _Run:
     return race
 
   def _run_race(self, race, names, split, bar):
-    """Asks who is next until nobody is; a model stays while it goes on."""
-    items, before, missing = self._items[split], None, race.missing
-    while (turn := race.turn()) is not None:
-      i, first, last = turn
-      name, start = names[i], time.monotonic()
-      failure = ""
-      if name != before:
-        params, failure = merge(self._models, self._archive, name)
-        # Whoever has answered, or was chosen for its answers, was merged.
-        if failure and (first or split == records.TEST):
-          params, failure = merge(self._models, self._archive, name)
-          if failure:
-            raise errors.UserError(_unrepeated(name, failure))
-        if not failure:
-          weights = models.checksum(params)
-          score = self._archive.score(name, split)
-          if score and score.weights not in ("", weights):
-            progress.note(f"{name} has other weights than when it was begun")
-          self._sampler.swap_weights(params, name)
-        before = name
-      merged = time.monotonic()
-      if failure:
-        responses, last = [], len(items)
-        race.fail(i)
-      else:
-        responses = respond(
-            self._sampler,
-            self._task,
-            self._config.evaluate,
-            items[first:last],
-            first,
-        )
-        race.add(i, [r.correct for r in responses])
-      self._archive.add_score(
-          records.Score(
-              model=name,
-              split=split,
-              n=last - first,
-              correct=None if failure else sum(r.correct for r in responses),
-              merge_s=merged - start,
-              evaluate_s=time.monotonic() - merged,
-              engine=self._sampler.engine,
-              failure=failure,
-              items=len(items),
-              weights="" if failure else weights,
-          ),
-          responses,
-      )
-      bar.update(missing - race.missing)
-      missing = race.missing
+    """Asks who is next until nobody is."""
+    missing = race.missing
+
+    @functools.lru_cache(maxsize=1 << 10)  # Of those ahead, whoever looks.
+    def work(i, first, before):
+      name = names[i]
+      # Whoever has answered, or was chosen for its answers, was merged.
+      is_known = bool(first) or split == records.TEST
+      program = self._archive.program_of(name)
+      return work_lib.Answer(name, program, split, first, before, is_known)
+
+    upcoming = lambda: itertools.starmap(work, race.ahead())
+    with contextlib.closing(self._executor.answer(upcoming)) as answers:
+      for answered in answers:
+        i, first, before = race.turn()
+        self._keep_answers(names[i], split, before - first, answered)
+        if answered.failure:
+          race.fail(i)
+        else:
+          race.add(i, [r.correct for r in answered.responses])
+        bar.update(missing - race.missing)
+        missing = race.missing
+
+  def _keep_answers(self, name, split, n, answered: work_lib.Answered):
+    """Archives what a model said to `n` items, or why it is none."""
+    items = len(self._items[split])
+    score = self._archive.score(name, split)
+    before = score.weights if score else ""
+    # Told once a merge, not once a block.
+    if answered.merge_s and before and answered.weights not in ("", before):
+      progress.note(f"{name} has other weights than when it was begun")
+    self._archive.add_score(
+        records.Score(
+            model=name,
+            split=split,
+            n=items if answered.failure else n,
+            correct=None
+            if answered.failure
+            else sum(r.correct for r in answered.responses),
+            merge_s=answered.merge_s,
+            evaluate_s=answered.evaluate_s,
+            engine=answered.engine,
+            failure=answered.failure,
+            items=items,
+            weights=answered.weights,
+        ),
+        answered.responses,
+    )
 
   def _reuse(
       self, arm: str, t: int, names: Sequence[str], models: Sequence[str]
@@ -770,7 +784,7 @@ class _Run:
     if arm == records.CONTROL or t == 1:
       return None
     path = self._factory_path(t)
-    return convert.load_adapter(path, self._models.decoder).scaled()
+    return convert.load_adapter(path, self._executor.decoder).scaled()
 
   def _factory_path(self, t: int) -> pathlib.Path:
     return self._archive.workdir / "factories" / f"iteration_{t}"
@@ -839,50 +853,41 @@ class _Run:
             " propose.samples or evaluate.dev_size, in another --workdir"
         )
       self._archive.replace_pairs(t, pairs)
-      loaded = self._models
+      decoder = self._executor.decoder
       adapter = (
           lora.init(
               self._key(t, "lora"),
-              loaded.decoder,
+              decoder,
               config.lora_rank,
               config.lora_targets,
           )
           if t == 1
-          else convert.load_adapter(
-              self._factory_path(t), loaded.decoder
-          ).params
-      )
-      data = train_lib.prepare(
-          config,
-          loaded.decoder,
-          loaded.tokenizer,
-          [dataclasses.asdict(pair) for pair in pairs],
+          else convert.load_adapter(self._factory_path(t), decoder).params
       )
       workdir = self._archive.workdir / "dpo" / str(t)
-      adapter, metrics = train_lib.train(
-          config,
-          loaded.decoder,
-          loaded.seed,
-          adapter,
-          data,
-          self._key(t, "dpo"),
-          workdir=workdir,
+      training = work_lib.Training(
+          pairs=[dataclasses.asdict(pair) for pair in pairs],
+          adapter=jax.tree.map(np.asarray, adapter),
+          key=np.asarray(jax.random.key_data(self._key(t, "dpo"))),
+          workdir=str(workdir),
           weights=self._archive.meta("identity")[
               f"model {self._config.seed_model}"
           ],
           label=f"Iteration {t}, loop: DPO",
-          on_step=functools.partial(self._keep_step, t),
+      )
+      adapter, metrics = self._executor.train(
+          training, functools.partial(self._keep_step, t)
       )
       convert.save_adapter(
           self._factory_path(t + 1),
           adapter,
-          config=loaded.decoder,
+          config=decoder,
           rank=config.lora_rank,
           alpha=config.lora_alpha,
           rslora=config.rslora,
           base=self._config.seed_model,
       )
-      made = convert.load_adapter(self._factory_path(t + 1), loaded.decoder)
+      made = convert.load_adapter(self._factory_path(t + 1), decoder)
       self._archive.add_factory(t + 1, models.checksum(made.scaled()))
       # Those that are not there yet were taken before schema 5.
       kept = {step.step for step in self._archive.steps(t)}
@@ -895,10 +900,15 @@ class _Run:
       )
       # The adapter stands; how its training went stays too.
       workdir_lib.discard_checkpoints(workdir)
+      self._keep_incidents()
+    self._push()
 
   def _keep_step(self, t: int, step: int, metrics: dict[str, float]):
     self._archive.put_steps([records.Step(t, step, metrics)])
     self._archive.advance(1)
+    self._keep_incidents()
+    if step % self._config.dpo.save_every == 0:
+      self._push()
 
   # Controls and the end.
 
@@ -963,60 +973,10 @@ class _Run:
     dev = self._archive.scores(records.DEV)
     programs = map(_program, self._evaluated(records.LOOP))
     for name in _best(dev, programs, 1):
-      params, failure = merge(self._models, self._archive, name)
-      if failure:
-        raise errors.UserError(_unrepeated(name, failure))
-      convert.save(
-          self._archive.workdir / "best",
-          self._models.decoder,
-          params,
-          like=self._models.directory,
+      self._executor.export(
+          name, self._archive.program_of(name), self._archive.workdir / "best"
       )
-
-
-def merge(loaded: Models, archive: store_lib.Store, name: str) -> runner.Merged:
-  """The model behind the name of a score.
-
-  Args:
-    loaded: what is merged.
-    archive: has the programs.
-    name: see `records.Score`.
-  """
-  family, _, settings = name.partition(":")
-  if family == "seed":
-    return runner.Merged(loaded.seed)
-  if family == "expert":
-    return loaded.merges.expert(settings)
-  if name.startswith(records.PROGRAM):
-    return loaded.merges.program(archive.program(settings))
-  method, parameters = _sweep_settings(family, settings)
-  return loaded.merges.method(method, **parameters)
-
-
-def respond(
-    sampler: sampling.Sampler,
-    task: evaluation.Task,
-    settings: config_lib.Evaluate,
-    items: Sequence[evaluation.Item],
-    first: int,
-) -> list[records.Response]:
-  """What the model that the sampler has says to items from `first` on."""
-  batches = sampler.generate(
-      [item.prompt for item in items],
-      max_new_tokens=settings.max_new_tokens,
-      # The embedded sampler would fill a smaller batch up.
-      batch_size=min(settings.batch_size, len(items)),
-      stop=task.stop,
-  )
-  generations = [generation for batch in batches for generation in batch]
-  return evaluation.grade(task, items, generations, first)
-
-
-def _unrepeated(name: str, failure: str) -> str:
-  return (
-      f"{name} was merged before and now is not ({failure}); free memory, or"
-      " stop what else runs here: the same command resumes"
-  )
+    self._keep_incidents()
 
 
 def _best(

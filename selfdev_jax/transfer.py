@@ -46,6 +46,7 @@ from selfdev_jax import sampling
 from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
 from selfdev_jax.evaluation import run as run_lib
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.report import intervals
 from selfdev_jax.report import reading
 from selfdev_jax.sampling import engine as engine_lib
@@ -255,13 +256,19 @@ def run(
     kept = run_lib.settle(out / _ABOUT, about, is_new, "out")
     if (out / _RESULT).exists():
       return json.loads((out / _RESULT).read_text(encoding="utf-8"))
-    loaded = loop.load(config, paths, stack)
+    loaded = worker_lib.load(config, paths, stack)
     longest = _longest(parts, loaded.decoder.max_positions)
     candidates = _fit(found, config, loaded.merges.shapes, host)
     sampler = stack.enter_context(
         contextlib.closing(
-            loop.open_sampler(
-                kind, config.vllm, loaded, longest, host, out / "vllm"
+            worker_lib.open_sampler(
+                kind,
+                config.vllm,
+                loaded,
+                longest,
+                out / "vllm",
+                host.vllm_python,
+                host.vllm_address,
             )
         )
     )
@@ -372,7 +379,7 @@ class _Transfer:
       self,
       out: pathlib.Path,
       config: config_lib.Config,
-      loaded: loop.Models,
+      loaded: worker_lib.Models,
       sampler: sampling.Sampler,
       parts: Mapping[tuple[str, str], _Part],
       candidates: Sequence[Candidate],

@@ -36,6 +36,12 @@ def pytest_addoption(parser):
       default=6,
       help="how often the test of killed runs kills one (6)",
   )
+  parser.addoption(
+      "--nodes",
+      type=int,
+      default=1,
+      help="how many hosts the test of runs over several kills (1)",
+  )
 
 
 _WITHOUT_VLLM = pytest.StashKey[int]()

@@ -23,6 +23,8 @@ from selfdev_jax import records
 from selfdev_jax import sampling
 from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
+from selfdev_jax.executors import executor as executor_lib
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.sandbox import runner
 
 _DECODER = models.DecoderConfig(
@@ -49,8 +51,9 @@ class _Words:
     return bytes(int(t) - 2 for t in tokens if 2 <= t < 258).decode("latin1")
 
 
-def _run(*args):
-  return loop._Run(*args, board=mock.Mock(), trace=False)
+def _run(config, archive, loaded, box, sampler):
+  executor = executor_lib.Local(config, loaded, box, sampler)
+  return loop._Run(config, archive, executor, board=mock.Mock())
 
 
 def _write(run, arm, t, texts, finished=None):
@@ -78,16 +81,32 @@ def _select(run, arm, t):
 
 
 @pytest.fixture
-def run(tmp_path):
+def loaded():
   seed, a, b = (models.init_params(_DECODER, i) for i in range(3))
   merges = runner.Merges(seed, {"a": a, "b": b}, "mlp")
-  loaded = loop.Models(_DECODER, seed, merges, _Words(), pathlib.Path("seed"))
+  return worker_lib.Models(
+      _DECODER, seed, merges, _Words(), pathlib.Path("seed")
+  )
+
+
+@pytest.fixture
+def begin(tmp_path, loaded):
+  """begin(config=_CONFIG) -> a run as a new session begins it."""
   with (
       store_lib.Store.create(tmp_path, _CONFIG, {}, {}) as archive,
-      sandbox.Sandbox(_CONFIG.sandbox, merges.shapes, 2) as box,
+      sandbox.Sandbox(_CONFIG.sandbox, loaded.merges.shapes, 2) as box,
   ):
-    sampler = sampling.JaxSampler(_DECODER, _Words(), (1,))
-    yield _run(_CONFIG, archive, loaded, box, sampler)
+
+    def session(config=_CONFIG):
+      sampler = sampling.JaxSampler(_DECODER, _Words(), (1,))
+      return _run(config, archive, loaded, box, sampler)
+
+    yield session
+
+
+@pytest.fixture
+def run(begin):
+  return begin()
 
 
 _PROGRAMS = [
@@ -196,14 +215,14 @@ def test_a_program_that_does_the_same_is_not_scored_again(run, monkeypatch):
   assert run._new_programs(records.LOOP, 2) == names[2:3]
   assert run._new_programs(records.CONTROL, 2) == names[3:]
 
-  scored = _answer(run, monkeypatch, lambda name, item: item < 9)
+  scored = _answer(monkeypatch, lambda name, item: item < 9)
   run._score_all(records.LOOP, 0, "seed", records.DEV, ["seed"])
   scored.clear()
   for arm, t in ((records.LOOP, 1), (records.LOOP, 2), (records.CONTROL, 2)):
     run._evaluate(arm, t, archive.candidates(arm, t))
   assert scored == [f"program:{names[0]}", f"program:{names[2]}"]
   known = archive.scores(records.DEV)
-  engine = run._sampler.engine
+  engine = run._executor.engine
   assert known[f"program:{names[1]}"] == records.Score(
       f"program:{names[1]}", "dev", 300, 9, 0, 0, engine, "", scored[0], 300
   )
@@ -213,15 +232,15 @@ def test_a_program_that_does_the_same_is_not_scored_again(run, monkeypatch):
   assert len(scored) == 2
 
 
-def _answer(run, monkeypatch, is_right):
+def _answer(monkeypatch, is_right):
   """Lets models answer as `is_right(name, item)` says; who was merged."""
   merged = []
 
-  def merge(loaded, archive, name):
+  def merge(loaded, name, program):
     merged.append(name)
     return runner.Merged({}, "crash" if "broken" in name else "")
 
-  def respond(sampler, task, settings, items, first):
+  def respond(sampler, task, settings, items, first, is_stopped):
     return [
         records.Response(
             first + i, item.prompt, "", item.gold, "", is_right(merged[-1], i)
@@ -229,9 +248,9 @@ def _answer(run, monkeypatch, is_right):
         for i, item in enumerate(items, first)
     ]
 
-  monkeypatch.setattr(loop, "merge", merge)
-  monkeypatch.setattr(loop, "respond", respond)
-  monkeypatch.setattr(run._sampler, "swap_weights", lambda *_: None)
+  monkeypatch.setattr(worker_lib, "merge", merge)
+  monkeypatch.setattr(worker_lib, "respond", respond)
+  monkeypatch.setattr(sampling.JaxSampler, "swap_weights", lambda *_: None)
   return merged
 
 
@@ -247,17 +266,17 @@ def _know(archive, names):
       archive.add_verdict(records.Verdict(records.LOOP, 1, i, "", digest))
 
 
-def test_a_race_asks_less_and_finds_the_same(run, monkeypatch):
+def test_a_race_asks_less_and_finds_the_same(begin, monkeypatch):
   evaluate = config_lib.Evaluate(dev_size=400, racing_block=25)
   config = dataclasses.replace(_CONFIG, evaluate=evaluate)
-  run = _run(config, run._archive, run._models, run._box, run._sampler)
+  run = begin(config)
   rng = np.random.default_rng(0)
   skill = {f"program:{i}": i / 50 for i in range(40)} | {"seed": 0.5}
   right = {name: rng.uniform(size=400) < p for name, p in skill.items()}
   right["program:20 broken"] = None
   names = [name for name in right if name != "seed"]
   _know(run._archive, names)
-  merged = _answer(run, monkeypatch, lambda name, item: bool(right[name][item]))
+  merged = _answer(monkeypatch, lambda name, item: bool(right[name][item]))
   score = lambda: run._score_all(
       records.LOOP, 1, "evaluate", records.DEV, names, top=3, bottom=4
   )
@@ -305,17 +324,19 @@ def test_a_race_asks_less_and_finds_the_same(run, monkeypatch):
   assert counted(run._archive.scores(records.DEV)) == counted(interrupted)
 
 
-def test_who_was_merged_before_is_not_given_up(run, monkeypatch):
-  _answer(run, monkeypatch, lambda name, item: item % 2 == 0)
+def test_who_was_merged_before_is_not_given_up(begin, monkeypatch):
+  run = begin()
+  _answer(monkeypatch, lambda name, item: item % 2 == 0)
   score = lambda split: run._score_all(records.LOOP, 0, "best", split, ["seed"])
   score(records.DEV)
   with run._archive.stage(records.LOOP, 0, store_lib.SEARCH):
     pass
-  merge, failures = loop.merge, ["crash"] * 2
+  run = begin()  # The sampler does not have it any more.
+  merge, failures = worker_lib.merge, ["crash"] * 2
   again = lambda *about: (
       runner.Merged(None, failures.pop()) if failures else merge(*about)
   )
-  monkeypatch.setattr(loop, "merge", again)
+  monkeypatch.setattr(worker_lib, "merge", again)
   with pytest.raises(errors.UserError, match=r"merged before.* \(crash\)"):
     score(records.TEST)
   assert not run._archive.scores(records.TEST)
@@ -324,7 +345,26 @@ def test_who_was_merged_before_is_not_given_up(run, monkeypatch):
   assert run._archive.scores(records.TEST)["seed"].correct == 600
 
 
-def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(run):
+def test_other_weights_are_told_once_a_merge(begin, monkeypatch, capsys):
+  evaluate = config_lib.Evaluate(dev_size=100, racing_block=25)
+  run = begin(dataclasses.replace(_CONFIG, evaluate=evaluate))
+  _answer(monkeypatch, lambda name, item: True)
+  run._score_all(records.LOOP, 0, "seed", records.DEV, ["seed"])
+  answers = run._archive.responses("seed", records.DEV)[:25]
+  begun = records.Score(
+      "ties:x", records.DEV, 25, 25, items=100, weights="others"
+  )
+  with run._archive.activity(records.LOOP, 0, "ties"):
+    run._archive.add_score(begun, answers)
+  run._score_all(records.LOOP, 0, "ties", records.DEV, ["ties:x"], top=1)
+  assert run._archive.scores(records.DEV)["ties:x"].complete
+  said = capsys.readouterr().err
+  assert said.count("Note: ties:x has other weights than when it was") == 1
+
+
+def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(
+    run, loaded
+):
   seed, a, b = (models.init_params(_DECODER, i) for i in range(3))
   for family in records.SWEEPS:
     names = run._sweep(family, 30)
@@ -346,17 +386,17 @@ def test_sweeps_have_the_budget_and_their_names_give_the_merge_back(run):
           ),
       ),
   ):
-    merged, failure = loop.merge(run._models, run._archive, name)
+    merged, failure = worker_lib.merge(loaded, name)
     assert not failure
     np.testing.assert_allclose(key(merged), key(seed) + expected, atol=1e-5)
 
 
-def test_the_seed_and_the_experts_are_merges_too(run):
+def test_the_seed_and_the_experts_are_merges_too(loaded):
   for name, expected in (
-      ("seed", run._models.seed),
+      ("seed", loaded.seed),
       ("expert:b", models.init_params(_DECODER, 2)),
   ):
-    merged, failure = loop.merge(run._models, run._archive, name)
+    merged, failure = worker_lib.merge(loaded, name)
     assert not failure
     for key in ("gate", "up", "down"):
       np.testing.assert_array_equal(
@@ -389,13 +429,12 @@ def test_a_cut_completion_teaches_nothing(run):
   assert candidate.writing == preferences.Writing(1, 2, texts[2])
 
 
-def test_a_program_whose_merge_fails_is_no_crash(run, monkeypatch):
+def test_a_program_whose_merge_fails_is_no_crash(loaded, monkeypatch):
   def fail(*_, **__):
     raise NotImplementedError("Unsupported dtype float16")
 
   monkeypatch.setattr(runner, "kernels", lambda program: fail)
-  monkeypatch.setattr(type(run._archive), "program", lambda *_: "")
-  merge = functools.partial(loop.merge, run._models, run._archive)
+  merge = functools.partial(worker_lib.merge, loaded)
   assert merge("program:x") == (None, "exception")
   monkeypatch.setattr(merging.Merger, "merge", fail)
   with pytest.raises(NotImplementedError):
@@ -415,6 +454,7 @@ def test_nothing_to_prefer_is_told(run):
         ({"evaluate": config_lib.Evaluate(task="gms8k")}, "known tasks"),
         ({"propose": config_lib.Propose(prompt="tyni")}, "tiny"),
         ({"evaluate": config_lib.Evaluate(test_size=9001)}, "9000 problems"),
+        ({"executor": "ray", "sampler": "replay"}, "'replay'; .*=local$"),
     ],
 )
 def test_a_config_that_cannot_run_is_told_before_anything_is_loaded(
@@ -426,17 +466,25 @@ def test_a_config_that_cannot_run_is_told_before_anything_is_loaded(
   assert not (tmp_path / "run").exists()
 
 
+def test_ray_that_is_not_installed_is_told(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+  config = dataclasses.replace(_CONFIG, executor="ray")
+  with pytest.raises(errors.UserError, match=r"pip install .*\[ray\]") as error:
+    loop.run(config, tmp_path / "run")
+  assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+  loop.check(_CONFIG)  # Who stays here needs none.
+
+
 @pytest.mark.slow
-def test_prompts_that_do_not_fit_are_counted(run, capsys):
+def test_prompts_that_do_not_fit_are_counted(loaded, capsys):
   shapes = dataclasses.replace(_DECODER, max_positions=64)
   config = dataclasses.replace(
       _CONFIG,
       propose=dataclasses.replace(_CONFIG.propose, max_new_tokens=8),
       evaluate=config_lib.Evaluate(dev_size=20, test_size=30, max_new_tokens=8),
   )
-  run._models = dataclasses.replace(run._models, decoder=shapes)
   with pytest.raises(errors.UserError, match=r"lower propose\.max_new_tokens"):
-    loop._check_lengths(config, run._models)
+    loop._check_lengths(config, shapes, _Words())
   task = evaluation.load(config_lib.Evaluate())
   prompts = [item.prompt for item in task.items(records.DEV, 20)]
   limit = sorted(map(len, prompts))[5] + 8
@@ -445,17 +493,14 @@ def test_prompts_that_do_not_fit_are_counted(run, capsys):
   with monkey.context() as patch:
     patch.setattr(programs, "load_prompt", lambda name: long[:9])
     shapes = dataclasses.replace(_DECODER, max_positions=limit)
-    run._models = dataclasses.replace(run._models, decoder=shapes)
-    assert loop._check_lengths(config, run._models) == limit
+    assert loop._check_lengths(config, shapes, _Words()) == limit
   cut = sum(len(prompt) + 8 > limit for prompt in prompts)
   said = capsys.readouterr().err
   assert 0 < cut < 20 and f"{cut} of 20 dev prompts and 8 new" in said
-  run = _run(config, run._archive, run._models, run._box, None)
-  run._sampler = sampling.JaxSampler(shapes, _Words(), (1,))
-  run._sampler.swap_weights(run._models.seed, "seed")
-  responses = loop.respond(
-      run._sampler, run._task, config.evaluate, run._items[records.DEV], 0
-  )
+  sampler = sampling.JaxSampler(shapes, _Words(), (1,))
+  sampler.swap_weights(loaded.seed, "seed")
+  items = evaluation.load_items(config.evaluate)[records.DEV]
+  responses = worker_lib.respond(sampler, task, config.evaluate, items, 0)
   assert sum(response.truncated for response in responses) == cut
 
 
@@ -469,51 +514,51 @@ def test_prompts_that_do_not_fit_are_counted(run, capsys):
         ("vllm", loop.Host(vllm_address="http://127.0.0.1:9"), "no vLLM serv"),
     ],
 )
-def test_a_sampler_that_cannot_be_had(kind, host, message, run, tmp_path):
+def test_a_sampler_that_cannot_be_had(kind, host, message, run, loaded):
   config = dataclasses.replace(_CONFIG, sampler=kind)
   with pytest.raises(errors.UserError, match=message) as error:
-    loop._sampler(config, run._models, 64, host, run._archive)
+    loop._sampler(config, loaded, 64, host, run._archive)
   assert "\n" not in str(error.value)
 
 
-def test_a_run_goes_on_with_the_sampler_it_began_with(run):
+def test_a_run_goes_on_with_the_sampler_it_began_with(run, loaded):
   archive, host = run._archive, loop.Host(vllm_python="false")
   assert run._config.sampler == "auto"
   _write(run, records.LOOP, 1, [""])
-  sampler = loop._sampler(run._config, run._models, 64, host, archive)
+  sampler = loop._sampler(run._config, loaded, 64, host, archive)
   assert isinstance(sampler, sampling.JaxSampler)
 
 
-def test_a_run_that_began_with_vllm_asks_for_it(run):
+def test_a_run_that_began_with_vllm_asks_for_it(run, loaded):
   archive, host = run._archive, loop.Host(vllm_python="false")
   with archive.activity(records.LOOP, 0, "single models"):
     archive.add_score(
         records.Score("seed", records.DEV, 2, 1, engine="vllm 0.32.0")
     )
   with pytest.raises(errors.UserError, match="make vllm-env"):
-    loop._sampler(run._config, run._models, 64, host, archive)
+    loop._sampler(run._config, loaded, 64, host, archive)
 
 
-def test_vllm_serves_one_dtype(run):
-  seed = run._models.seed
+def test_vllm_serves_one_dtype(run, loaded):
+  seed = loaded.seed
   mixed = {**seed, "final_norm": seed["final_norm"].astype("bfloat16")}
-  loaded = dataclasses.replace(run._models, seed=mixed)
+  loaded = dataclasses.replace(loaded, seed=mixed)
   config = dataclasses.replace(_CONFIG, sampler="vllm")
   with pytest.raises(errors.UserError, match="bfloat16 and float32, vLLM"):
     loop._sampler(config, loaded, 64, loop.Host(), run._archive)
 
 
 @pytest.mark.parametrize("rows", [298, 302])
-def test_an_expert_answers_with_the_seeds_rows(run, rows):
+def test_an_expert_answers_with_the_seeds_rows(loaded, rows):
   other = models.init_params(dataclasses.replace(_DECODER, vocab_size=rows), 5)
-  merges = runner.Merges(run._models.seed, {"a": other}, "mlp")
+  merges = runner.Merges(loaded.seed, {"a": other}, "mlp")
   params, _ = merges.expert("a")
   shared = min(rows, 300)
   for name in ("embed", "head"):
-    assert params[name].shape == run._models.seed[name].shape
+    assert params[name].shape == loaded.seed[name].shape
     np.testing.assert_array_equal(params[name][:shared], other[name][:shared])
     np.testing.assert_array_equal(
-        params[name][shared:], run._models.seed[name][shared:]
+        params[name][shared:], loaded.seed[name][shared:]
     )
   assert params["layers"] is other["layers"]
 
@@ -526,7 +571,7 @@ def test_an_expert_of_another_vocabulary_is_told(tmp_path, monkeypatch, capsys):
   config = dataclasses.replace(_CONFIG, merge=config_lib.Merge(scope="all"))
   with contextlib.ExitStack() as stack:
     paths = {name: tmp_path / name for name in ("seed", "a", "b")}
-    loaded = loop.load(config, paths, stack)
+    loaded = worker_lib.load(config, paths, stack)
     expert, failure = loaded.merges.expert("a")
   assert not failure and expert["embed"].shape == (300, 8)
   said = capsys.readouterr().err
@@ -544,7 +589,7 @@ def test_an_expert_of_another_rope_is_told(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(convert, "load_tokenizer", lambda directory: _Words())
   with contextlib.ExitStack() as stack:
     paths = {name: tmp_path / name for name in ("seed", "a", "b")}
-    loop.load(_CONFIG, paths, stack)
+    worker_lib.load(_CONFIG, paths, stack)
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("Note: expert b has rope Rope(theta=1000000")
   assert "merged and run with the seed model's" in line

@@ -16,7 +16,6 @@ from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import evaluation
-from selfdev_jax import loop
 from selfdev_jax import models
 from selfdev_jax import records
 from selfdev_jax import sampling
@@ -25,6 +24,7 @@ from selfdev_jax import store as store_lib
 from selfdev_jax import transfer
 from selfdev_jax.evaluation import run as run_lib
 from selfdev_jax.evaluation import tasks
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.report import intervals
 from selfdev_jax.sandbox import runner
 from selfdev_jax.tiny import corpus
@@ -279,7 +279,7 @@ def test_the_archive_is_only_read(world, tmp_path):
 
 def test_a_finished_transfer_returns_at_once(done, world, monkeypatch):
   out, result = done
-  monkeypatch.setattr(loop, "load", None)
+  monkeypatch.setattr(worker_lib, "load", None)
   assert _run(world, out) == result
 
 

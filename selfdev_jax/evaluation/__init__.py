@@ -6,6 +6,16 @@ from selfdev_jax.evaluation.task import Mark
 from selfdev_jax.evaluation.task import Task
 from selfdev_jax.evaluation.tasks import grade
 from selfdev_jax.evaluation.tasks import load
+from selfdev_jax.evaluation.tasks import load_items
 from selfdev_jax.evaluation.tasks import TASKS
 
-__all__ = ["TASKS", "Item", "Mark", "Task", "digest", "grade", "load"]
+__all__ = [
+    "TASKS",
+    "Item",
+    "Mark",
+    "Task",
+    "digest",
+    "grade",
+    "load",
+    "load_items",
+]

@@ -1,7 +1,9 @@
 """The tasks by name, and how their generations become responses."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
+import functools
 import re
 
 from selfdev_jax import config as config_lib
@@ -61,6 +63,16 @@ def load(settings: config_lib.Evaluate) -> Task:
         f" {', '.join(sorted(TASKS))}"
     )
   return TASKS[settings.task](settings)
+
+
+@functools.cache
+def load_items(settings: config_lib.Evaluate) -> Mapping[str, list[Item]]:
+  """What is asked on each split; made once, as MATH takes a while."""
+  task = load(settings)
+  return {
+      records.DEV: task.items(records.DEV, settings.dev_size),
+      records.TEST: task.items(records.TEST, settings.test_size),
+  }
 
 
 def grade(

@@ -14,12 +14,12 @@ import jax
 from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
-from selfdev_jax import loop
 from selfdev_jax import models
 from selfdev_jax import records
 from selfdev_jax import report
 from selfdev_jax import store as store_lib
 from selfdev_jax.evaluation import run as run_lib
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.handover import card
 from selfdev_jax.handover import reopen
 from selfdev_jax.inspection import queries
@@ -58,7 +58,8 @@ def run(
     found = queries.program(archive, program)
     _check(archive, found)
     loaded = reopen.load(archive, directories, stack)
-    merged = loop.merge(loaded, archive, records.PROGRAM + found.digest)
+    name = records.PROGRAM + found.digest
+    merged = worker_lib.merge(loaded, name, archive.program_of(name))
     if merged.failure:
       raise errors.UserError(
           f"program {found.digest[:12]} was merged in the run and now is not"

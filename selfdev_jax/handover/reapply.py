@@ -8,8 +8,8 @@ import pathlib
 from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
-from selfdev_jax import loop
 from selfdev_jax import models
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.merging import card
 from selfdev_jax.sandbox import verify
 
@@ -60,7 +60,7 @@ def run(
       merge=config_lib.Merge(scope=scope),
   )
   with contextlib.ExitStack() as stack:
-    loaded = loop.load(config, paths, stack)
+    loaded = worker_lib.load(config, paths, stack)
     try:
       verified = verify.verify(
           text, config.sandbox, loaded.merges.shapes, len(experts)

@@ -8,8 +8,8 @@ import pathlib
 from selfdev_jax import config as config_lib
 from selfdev_jax import convert
 from selfdev_jax import errors
-from selfdev_jax import loop
 from selfdev_jax import store as store_lib
+from selfdev_jax.executors import worker as worker_lib
 
 
 def read_config(workdir: str | os.PathLike) -> config_lib.Config:
@@ -26,7 +26,7 @@ def load(
     archive: store_lib.Store,
     directories: Mapping[str, pathlib.Path],
     stack: contextlib.ExitStack,
-) -> loop.Models:
+) -> worker_lib.Models:
   """Reads the models of a run, if they are what they were.
 
   Args:
@@ -48,4 +48,4 @@ def load(
           f" weights, config or tokenizer in {path} have changed (digest"
           f" {expected[:12]} there, {found[:12]} here); put back what was there"
       )
-  return loop.load(config, paths, stack)
+  return worker_lib.load(config, paths, stack)

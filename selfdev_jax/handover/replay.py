@@ -20,6 +20,7 @@ from selfdev_jax import sampling
 from selfdev_jax import store as store_lib
 from selfdev_jax.evaluation import racing
 from selfdev_jax.evaluation import run as run_lib
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.handover import reopen
 from selfdev_jax.inspection import queries
 from selfdev_jax.sampling import engine as engine_lib
@@ -77,7 +78,7 @@ def run(
         model = records.PROGRAM + queries.find(archive, program)
       config = archive.config()
       wanted = _wanted(archive, model, split)
-      items = loop.load_items(config.evaluate)
+      items = evaluation.load_items(config.evaluate)
       flat = [item for part in items.values() for item in part]
       if evaluation.digest(flat) != archive.meta("identity")["items"]:
         raise errors.UserError(
@@ -93,7 +94,7 @@ def run(
     splits = {}
     for name in dict.fromkeys(s.score.model for s in wanted.values()):
       with store_lib.Store.read(workdir) as archive:
-        merged = loop.merge(loaded, archive, name)
+        merged = worker_lib.merge(loaded, name, archive.program_of(name))
       if merged.failure:
         raise errors.UserError(
             f"{name} was merged in the run and now is not ({merged.failure});"
@@ -167,13 +168,14 @@ def _open(kind, config, loaded, items, host, stack) -> sampling.Sampler:
   )
   return stack.enter_context(
       contextlib.closing(
-          loop.open_sampler(
+          worker_lib.open_sampler(
               kind,
               config.vllm,
               loaded,
               longest,
-              host,
               cache.directory() / "replay",
+              host.vllm_python,
+              host.vllm_address,
           )
       )
   )
@@ -191,7 +193,7 @@ def _ask(
   with progress.bar(f"Asking on {score.split}", score.n, "answer") as bar:
     for end in ends:
       first = len(responses)
-      responses += loop.respond(
+      responses += worker_lib.respond(
           sampler, task, settings, items[first:end], first
       )
       bar.update(end - first)

@@ -16,6 +16,8 @@ from selfdev_jax import sampling
 from selfdev_jax import sandbox
 from selfdev_jax import store as store_lib
 from selfdev_jax.evaluation import data
+from selfdev_jax.executors import executor as executor_lib
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.sandbox import runner
 
 _DATA = pathlib.Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -148,7 +150,9 @@ def test_a_run_asks_test_questions_once_the_search_is_over(
   dev, test = task.items("dev", 16), task.items("test", 12)
   seed, a, b = (models.init_params(_DECODER, i) for i in range(3))
   merges = runner.Merges(seed, {"a": a, "b": b}, "mlp")
-  loaded = loop.Models(_DECODER, seed, merges, _Words(), pathlib.Path("seed"))
+  loaded = worker_lib.Models(
+      _DECODER, seed, merges, _Words(), pathlib.Path("seed")
+  )
   trained = []
 
   def train(config, decoder, seed, adapter, data, *args, **kwargs):
@@ -156,8 +160,8 @@ def test_a_run_asks_test_questions_once_the_search_is_over(
     return adapter, []
 
   prepare = lambda config, decoder, tokenizer, rows: rows
-  monkeypatch.setattr(loop.train_lib, "prepare", prepare)
-  monkeypatch.setattr(loop.train_lib, "train", train)
+  monkeypatch.setattr(worker_lib.train_lib, "prepare", prepare)
+  monkeypatch.setattr(worker_lib.train_lib, "train", train)
   monkeypatch.setattr(loop._Run, "_export", lambda run: None)
   with (
       store_lib.Store.create(
@@ -168,7 +172,8 @@ def test_a_run_asks_test_questions_once_the_search_is_over(
     golds = {item.prompt: item.gold for item in (*dev, *test)}
     sampler = _Sampler(archive, golds)
     board = board_lib.Board(archive)
-    loop._Run(config, archive, loaded, box, sampler, board, False).run()
+    executor = executor_lib.Local(config, loaded, box, sampler)
+    loop._Run(config, archive, executor, board).run()
     responses = archive.responses("seed", records.DEV)
 
   assert sampler.asked[False] == {item.prompt for item in dev}

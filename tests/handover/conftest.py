@@ -19,6 +19,7 @@ from selfdev_jax import records
 from selfdev_jax import sampling
 from selfdev_jax import store as store_lib
 from selfdev_jax.evaluation import racing
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.sampling import engine as engine_lib
 from selfdev_jax.sandbox import trace
 from selfdev_jax.sandbox import verify
@@ -62,7 +63,7 @@ class _Hashing:
   def generate(self, prompts, keys=None, *, batch_size, **unused):
     golds = {
         item.prompt: item.gold
-        for items in loop.load_items(_EVALUATE).values()
+        for items in evaluation.load_items(_EVALUATE).values()
         for item in items
     }
     for start in range(0, len(prompts), batch_size):
@@ -122,7 +123,7 @@ def finished(tmp_path_factory, random_params, alone) -> pathlib.Path:
   paths = {
       name: pathlib.Path(name) for name in (config.seed_model, *config.experts)
   }
-  items = loop.load_items(_EVALUATE)
+  items = evaluation.load_items(_EVALUATE)
   identity = {f"model {name}": convert.digest(name) for name in paths}
   identity["items"] = evaluation.digest(
       [item for part in items.values() for item in part]
@@ -133,7 +134,7 @@ def finished(tmp_path_factory, random_params, alone) -> pathlib.Path:
       alone(),
       contextlib.ExitStack() as stack,
   ):
-    _fill(store, loop.load(config, paths, stack), items)
+    _fill(store, worker_lib.load(config, paths, stack), items)
   return root
 
 
@@ -160,7 +161,7 @@ def _fill(store, loaded, items):
   program = lambda name: records.PROGRAM + digests[name]
 
   def score(model, split, ends):
-    merged = loop.merge(loaded, store, model)
+    merged = worker_lib.merge(loaded, model, store.program_of(model))
     if merged.failure:
       empty = records.Score(
           model, split, len(items[split]), None, failure=merged.failure
@@ -171,7 +172,7 @@ def _fill(store, loaded, items):
     sampler.swap_weights(merged.params, model)
     for end in ends:
       task, asked = evaluation.load(_EVALUATE), items[split][first:end]
-      responses = loop.respond(sampler, task, _EVALUATE, asked, first)
+      responses = worker_lib.respond(sampler, task, _EVALUATE, asked, first)
       correct = sum(r.correct for r in responses)
       store.add_score(
           records.Score(

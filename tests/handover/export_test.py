@@ -12,9 +12,11 @@ from selfdev_jax import errors
 from selfdev_jax import models
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.handover import card
 from selfdev_jax.handover import export
 from selfdev_jax.handover import reapply
+from selfdev_jax.sandbox import runner
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +246,8 @@ def test_what_exists_is_not_overwritten(finished, tmp_path):
 
 
 def test_a_merge_that_fails_now(refused, finished, monkeypatch):
-  lost = export.loop.runner.Merged(None, "timeout")
-  monkeypatch.setattr(export.loop, "merge", lambda *unused: lost)
+  lost = runner.Merged(None, "timeout")
+  monkeypatch.setattr(worker_lib, "merge", lambda *unused: lost)
   refused("was merged in the run and now is not .timeout.", finished / "run")
 
 

@@ -10,11 +10,12 @@ import pytest
 
 from selfdev_jax import convert
 from selfdev_jax import errors
-from selfdev_jax import loop
 from selfdev_jax import records
 from selfdev_jax import store as store_lib
+from selfdev_jax.executors import worker as worker_lib
 from selfdev_jax.handover import replay
 from selfdev_jax.sampling import engine as engine_lib
+from selfdev_jax.sandbox import runner
 
 
 def _program(digests, name):
@@ -150,8 +151,8 @@ def test_other_items(changed):
 
 
 def test_a_merge_that_fails_now(finished, monkeypatch):
-  lost = loop.runner.Merged(None, "memory")
-  monkeypatch.setattr(loop, "merge", lambda *unused: lost)
+  lost = runner.Merged(None, "memory")
+  monkeypatch.setattr(worker_lib, "merge", lambda *unused: lost)
   _refused("now is not .memory.; free memory", finished / "run", model="seed")
 
 

@@ -1,0 +1,755 @@
+"""The head's side of a run over many hosts, on Ray.
+
+The head asks, compares and keeps; workers (remote.py) do the work. What is
+wanted is known in an order (see `Executor.answer`), of which a window is dealt
+out: that bounds what is under way and what has come back too early. A worker
+or host that dies gives its pieces back to the others at once; a piece that
+takes long is given to a second worker, and the first answer counts. So results
+depend on what was asked alone.
+"""
+
+import collections
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import itertools
+import os
+import pathlib
+import queue
+import re
+import secrets
+import socket
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util import scheduling_strategies as strategies
+
+from selfdev_jax import errors
+from selfdev_jax import evaluation
+from selfdev_jax import models
+from selfdev_jax import progress
+from selfdev_jax import records
+from selfdev_jax import sampling
+from selfdev_jax import sandbox
+from selfdev_jax.executors import executor as executor_lib
+from selfdev_jax.executors import remote
+from selfdev_jax.executors import schedule as schedule_lib
+from selfdev_jax.executors import versions as versions_lib
+from selfdev_jax.executors import work as work_lib
+from selfdev_jax.executors import worker as worker_lib
+
+_DEPTH = 2  # Pieces that a worker has: what it does, and what comes next.
+_WINDOW = 2 * _DEPTH  # Pieces that are looked ahead, a worker.
+_ADMITTED = 16  # Sources in a piece.
+_TICK_S = 0.5  # Clocks are looked at so often.
+_GROW_S = 5.0  # Hosts that have come are looked for so often.
+_ANSWER_S = 5.0  # A cluster's head has to take a connection.
+_TRAININGS = 10  # Times that a training is taken up after a host was lost.
+_ATTEMPTS = 2  # Workers on which a merge fails before that is believed.
+_LOSSES = 10  # Workers lost on a host before it gets no more.
+# Nats, on average, between two hosts that compute the same in other orders.
+_CANARY_NATS = 0.05
+# A piece is late after so many times the usual one's seconds, and at least so
+# many seconds.
+_LATE, _LATE_S = 4.0, 2.0
+# Failures of a merge that may be the host's.
+_OF_HOSTS = ("crash", "memory", "timeout")
+
+
+@dataclasses.dataclass
+class _Worker:
+  """A process on a host, as the head knows it."""
+
+  name: str
+  node: str
+  host: str
+  group: Any
+  handle: Any
+  hello: work_lib.Hello | None = None
+  versions: Mapping[str, str] | None = None
+
+
+class _LostError(Exception):
+  """Processes that trained together are not all there any more."""
+
+
+class Cluster:
+  """An `Executor` whose work is done by the workers of a Ray cluster.
+
+  A context manager, as it holds processes.
+  """
+
+  def __init__(
+      self,
+      setup: work_lib.Setup,
+      doer: type = remote.Doer,
+      trainer: type = remote.Trainer,
+  ):
+    """Meets the cluster, and starts workers as far as it has room.
+
+    Args:
+      setup: what workers are told.
+      doer: what a worker is, see `remote.Doer`.
+      trainer: see `remote.Trainer`.
+
+    Raises:
+      UserError: if nobody answers, the cluster has too little room, a host has
+        other versions or does not see a path, or no worker could be started.
+    """
+    self._setup = dataclasses.replace(setup, token=secrets.token_hex(8))
+    self._options = setup.config.ray
+    self._doer, self._trainer = doer, trainer
+    self._stack = contextlib.ExitStack()
+    self._events: queue.SimpleQueue = queue.SimpleQueue()
+    self._workers: dict[str, _Worker] = {}
+    self._numbers = itertools.count(1)
+    self._schedule = schedule_lib.Schedule(lambda p: p.about, _DEPTH)
+    self._attempts: collections.Counter = collections.Counter()
+    self._durations: collections.deque = collections.deque(maxlen=100)
+    self._incidents: list[records.Incident] = []
+    self._drained: set[str] = set()  # Nodes.
+    self._losses: collections.Counter = collections.Counter()  # By node.
+    self._results: dict[work_lib.Piece, Any] = {}
+    self._canary: np.ndarray | None = None
+    self._versions = versions_lib.here(setup.vllm_python, setup.kind)
+    self._grown = 0.0
+    self._is_open = False
+    self._alone: float | None = None  # Since when there is no worker.
+    self.decoder: models.DecoderConfig = setup.decoder
+    self.engine = ""
+    try:
+      self._connect()
+      self._stack.callback(self._end_workers)
+      self._open()
+    except BaseException:
+      self.close()
+      raise
+
+  def __enter__(self) -> "Cluster":
+    return self
+
+  def __exit__(self, *unused_exception):
+    self.close()
+
+  def close(self):
+    """Ends the workers and leaves the cluster. May be called again."""
+    self._stack.close()
+
+  # The cluster.
+
+  def _connect(self):
+    address = self._options.address
+    common = {"log_to_driver": False, "logging_level": "error"}
+    self._stack.callback(ray.shutdown)
+    try:
+      if address == "local":
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+      else:
+        if address != "auto":
+          _check_answers(address)
+        ray.init(address=address, **common)
+        _note_open(address)
+    except (
+        ConnectionError,
+        RuntimeError,
+        ValueError,
+        ray.exceptions.RayError,
+    ) as error:
+      raise errors.UserError(
+          f"--config.ray.address={address}: {_line(error)}; `ray start --head"
+          " --port=6379` starts a cluster's head, `ray start"
+          " --address=HOST:6379` lets a host join it"
+      ) from None
+
+  def _nodes(self) -> list[dict[str, Any]]:
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in self._drained
+    ]
+
+  def _needs(self) -> dict[str, float]:
+    """Resources of a worker."""
+    needs = {"CPU": self._options.worker_cpus}
+    if any(node["Resources"].get("GPU") for node in self._nodes()):
+      needs["GPU"] = self._setup.config.vllm.tensor_parallel
+    return needs
+
+  def _room(self, node, needs) -> int:
+    """How many workers a node has room for, those that it has among them."""
+    return min(
+        int(node["Resources"].get(name, 0.0) / wanted + 1e-6)
+        for name, wanted in needs.items()
+    )
+
+  def _check_room(self):
+    """Refuses a cluster that is too small, before anything is begun."""
+    needs, nodes = self._needs(), self._nodes()
+    room = sum(self._room(node, needs) for node in nodes)
+    wanted = self._options.workers
+    if room >= (wanted or 1):
+      return
+    what = " and ".join(f"{n:g} {name}" for name, n in needs.items())
+    has = "; ".join(
+        f"{node['NodeManagerAddress']}"
+        f" {node['Resources'].get('CPU', 0):g} CPU"
+        f" {node['Resources'].get('GPU', 0):g} GPU"
+        for node in nodes
+    )
+    raise errors.UserError(
+        f"the cluster has room for {room} workers of {what} on one host each,"
+        f" {wanted or 1} are wanted; its hosts have: {has}. Lower"
+        " ray.workers, ray.worker_cpus or vllm.tensor_parallel, or let more"
+        " hosts join"
+    )
+
+  def _grow(self):
+    """Starts workers where there is room, on hosts that came later too."""
+    self._grown = time.monotonic()
+    alive = {node["NodeID"] for node in self._nodes()}
+    for worker in list(self._workers.values()):
+      if worker.node not in alive:
+        self._lose(worker, "its host is gone")
+    needs = self._needs()
+    there = collections.Counter(w.node for w in self._workers.values())
+    for node in self._nodes():
+      for _ in range(self._room(node, needs) - there[node["NodeID"]]):
+        if len(self._workers) >= (self._options.workers or float("inf")):
+          return
+        self._start(node, needs)
+
+  def _start(self, node, needs):
+    host = node["NodeManagerAddress"]
+    name = f"worker-{next(self._numbers)}"
+    # The host is settled here: what it has room for is counted by host.
+    group = ray.util.placement_group(
+        [needs], bundle_label_selector=[{"ray.io/node-id": node["NodeID"]}]
+    )
+    actor = ray.remote(concurrency_groups={"control": 1})(self._doer)
+    handle = actor.options(
+        num_cpus=needs["CPU"],
+        num_gpus=needs.get("GPU", 0),
+        scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(group),
+        # Its work goes to the others at once instead.
+        max_restarts=0,
+        max_task_retries=0,
+    ).remote(self._setup)
+    self._workers[name] = _Worker(name, node["NodeID"], host, group, handle)
+    self._ask(name, "versions", handle.versions.remote())
+
+  def _ask(self, worker: str, what: str, ref, piece=None):
+    """Has the answer come to `_events` when it is there."""
+    ref.future().add_done_callback(
+        lambda future: self._events.put((worker, what, piece, future))
+    )
+
+  def _open(self):
+    """Starts the first workers and waits for all of them."""
+    self._check_room()
+    path = self._setup.seen
+    path.touch()
+    self._stack.callback(path.unlink, missing_ok=True)
+    self._grow()
+    waiting = progress.Waiting("Starting workers")
+    while not self._ready() or len(self._ready()) < len(self._workers):
+      if waiting.seconds > self._options.start_timeout_s:
+        if not self._ready():
+          raise errors.UserError(
+              f"no worker was ready within {self._options.start_timeout_s:g} s"
+              " (ray.start_timeout_s); `ray status` shows what the cluster's"
+              " resources are held by"
+          )
+        break
+      if not self._workers:
+        reasons = dict.fromkeys(i.detail for i in self._incidents)
+        raise errors.UserError(
+            f"no worker could be started: {'; '.join(reasons)}"
+        )
+      self._look()
+      waiting.tell(f"{len(self._ready())} of {len(self._workers)} ready")
+    self._agree()
+    self._is_open = True
+    hello = next(iter(self._ready())).hello
+    self.engine = hello.engine
+    progress.note(
+        f"{len(self._ready())} workers on"
+        f" {len({w.node for w in self._ready()})} hosts, {hello.engine}"
+    )
+
+  @property
+  def layers(self) -> dict[str, Any]:
+    """What surrounds a program, by host."""
+    return {w.host: dict(w.hello.layers) for w in self._ready()}
+
+  def _ready(self) -> list[_Worker]:
+    return [w for w in self._workers.values() if w.hello is not None]
+
+  def _end_workers(self):
+    for worker in list(self._workers.values()):
+      self._end(worker)
+
+  def _end(self, worker: _Worker):
+    self._workers.pop(worker.name, None)
+    self._schedule.leave(worker.name)
+    with contextlib.suppress(Exception):  # It may be gone, and so may Ray.
+      ray.kill(worker.handle)
+      ray.util.remove_placement_group(worker.group)
+
+  # What workers say.
+
+  def _look(self):
+    """Takes what has come, or waits a moment for something."""
+    with contextlib.suppress(queue.Empty):
+      self._take(*self._events.get(timeout=_TICK_S))
+      while True:
+        self._take(*self._events.get_nowait())
+
+  def _take(self, name, what, piece, future):
+    worker = self._workers.get(name)
+    if worker is None:
+      return
+    try:
+      value = future.result()
+    except ray.exceptions.RayTaskError:
+      raise  # Of our own code: a bug, with its trace.
+    except ray.exceptions.RayError as error:
+      self._lose(worker, _line(error))
+      return
+    if what == "versions":
+      self._compare(worker, value)
+    elif what == "open":
+      self._welcome(worker, value)
+    else:
+      self._hear(worker, piece, value)
+
+  def _lose(self, worker: _Worker, reason: str):
+    """A worker is gone."""
+    lost = self._schedule.leave(worker.name)
+    self._end(worker)
+    self._tell("lost", worker, f"{reason}; {len(lost)} pieces go on elsewhere")
+    self._losses[worker.node] += 1
+    if self._losses[worker.node] >= _LOSSES:
+      self._drain(worker, f"{_LOSSES} of its workers were lost")
+
+  def _tell(self, kind: str, worker: _Worker, detail: str):
+    self._incidents.append(
+        records.Incident(kind, worker.name, worker.host, detail)
+    )
+    if kind != "duplicated":
+      progress.note(f"{worker.name} on {worker.host}: {kind}, {detail}")
+
+  def _refuse(self, worker: _Worker, reason: str):
+    """A worker that cannot take part: at the start, nothing begins."""
+    if not self._is_open:
+      raise errors.UserError(reason)
+    self._drain(worker, reason)
+
+  def _drain(self, worker: _Worker, reason: str):
+    """Takes a host out of the run."""
+    self._drained.add(worker.node)
+    for other in list(self._workers.values()):
+      if other.node == worker.node:
+        self._end(other)
+    self._tell("drained", worker, reason)
+
+  def _compare(self, worker: _Worker, versions: Mapping[str, str]):
+    differing = [
+        f"{name} {versions.get(name, 'none')}, the head {ours}"
+        for name, ours in self._versions.items()
+        if versions.get(name) != ours
+    ]
+    if differing:
+      self._refuse(
+          worker,
+          f"host {worker.host} has {'; '.join(differing)}: install the same"
+          " everywhere",
+      )
+      return
+    self._ask(worker.name, "open", worker.handle.open.remote())
+
+  def _welcome(self, worker: _Worker, reply: work_lib.Reply):
+    if reply.error:
+      self._refuse(worker, reply.error)
+      return
+    worker.hello = reply.value
+    if not self._is_open:
+      return
+    if self._is_off(reply.value.canary):
+      self._drain(
+          worker, "other log-probabilities than the others' at its start"
+      )
+      return
+    first = next(iter(self._ready()))
+    if worker.hello.engine != first.hello.engine:
+      self._drain(
+          worker, f"it has {worker.hello.engine}, others {first.hello.engine}"
+      )
+      return
+    self._schedule.join(worker.name)
+    self._tell("joined", worker, worker.hello.device)
+
+  def _agree(self):
+    """Settles what the canary is, by majority, and lets in who agrees."""
+    ready = self._ready()
+    engines = {w.hello.engine: w.host for w in ready}
+    if len(engines) > 1:
+      raise errors.UserError(
+          "hosts have different engines: "
+          + "; ".join(
+              f"{host} has {engine}" for engine, host in engines.items()
+          )
+      )
+    for worker in ready:
+      self._canary = worker.hello.canary
+      off = [w for w in ready if self._is_off(w.hello.canary)]
+      if 2 * len(off) < len(ready):
+        break
+    else:
+      raise errors.UserError(
+          "hosts compute different log-probabilities for the same model and"
+          f" tokens, no majority agrees: {', '.join(w.host for w in ready)};"
+          " look for the broken one with a cluster of three or more"
+      )
+    for worker in off:
+      if worker.name in self._workers:
+        self._drain(worker, "other log-probabilities than most others'")
+    for worker in self._ready():
+      self._schedule.join(worker.name)
+
+  def _is_off(self, canary: np.ndarray) -> bool:
+    off = np.abs(canary - self._canary).mean()
+    return not off <= _CANARY_NATS  # NaN is off.
+
+  def _hear(
+      self, worker: _Worker, piece: work_lib.Piece, reply: work_lib.Reply
+  ):
+    """A piece came back."""
+    if reply.canary is not None and self._is_off(reply.canary):
+      self._drain(
+          worker,
+          "other log-probabilities for the seed model than at the start; what"
+          f" it gave in the last {remote.CANARY_S:g} s is in doubt",
+      )
+      return
+    if reply.error:
+      raise errors.UserError(f"{reply.error} ({worker.name} on {worker.host})")
+    if reply.is_stopped:
+      self._schedule.take_back(worker.name, piece)
+      return
+    if self._is_doubtful(worker, piece, reply):
+      self._schedule.refuse(worker.name, piece)
+      return
+    self._durations.append(reply.seconds)
+    counts, vain = self._schedule.finish(worker.name, piece)
+    self._stop(vain)
+    if counts:
+      self._results[piece] = reply.value
+
+  def _is_doubtful(self, worker, piece, reply) -> bool:
+    """Whether a failed merge may be the host's fault, and another should try.
+
+    Raises:
+      UserError: where what was merged before fails on several.
+    """
+    if piece.kind != "answer" or not reply.value.failure:
+      return False
+    work = piece.payload
+    if not work.is_known and reply.value.failure not in _OF_HOSTS:
+      return False
+    self._attempts[piece] += 1
+    last = self._attempts[piece] >= min(_ATTEMPTS, len(self._schedule.workers))
+    if last and work.is_known:
+      raise worker_lib.unrepeated(work.model, reply.value.failure)
+    return not last
+
+  # What the loop asks for.
+
+  def _stream(
+      self, upcoming: Callable[[], Iterator[work_lib.Piece]]
+  ) -> Iterator[Any]:
+    """The values of `upcoming()`'s first, one after the other, to its end."""
+    self._durations.clear()
+    try:
+      while True:
+        window = max(len(self._schedule.workers), 1) * _WINDOW
+        wanted = list(itertools.islice(upcoming(), window))
+        if not wanted:
+          return
+        self._stop(self._schedule.want(wanted))
+        self._results = {
+            p: self._results[p] for p in wanted if p in self._results
+        }
+        while wanted[0] not in self._results:
+          self._deal()
+          self._look()
+        yield self._results.pop(wanted[0])
+    finally:
+      self._stop(self._schedule.want([]))
+      self._results = {}
+
+  def _each(self, pieces: Sequence[work_lib.Piece]) -> Iterator[Any]:
+    """The values of all, in their order."""
+    left = collections.deque(pieces)
+    for value in self._stream(lambda: iter(left)):
+      left.popleft()
+      yield value
+
+  def _deal(self):
+    now = time.monotonic()
+    if now - self._grown > _GROW_S:
+      self._grow()
+      self._check_alive(now)
+    for name, piece in self._schedule.deal(now):
+      self._send(name, piece)
+    for name, piece, other in self._schedule.steal(now):
+      self._stop([(other, piece)])
+      self._send(name, piece)
+    if not self._durations:
+      return
+    usual = statistics.median(self._durations)
+    patience = max(_LATE_S, _LATE * usual)
+    for name, piece in self._schedule.duplicate(now, patience):
+      if piece.kind == "export":  # Two would write one directory.
+        self._schedule.take_back(name, piece)
+        continue
+      others = [x for x in self._schedule.holders(piece) if x != name]
+      self._tell(
+          "duplicated",
+          self._workers[name],
+          f"{piece.kind} {piece.key}, late on {', '.join(others)}",
+      )
+      self._send(name, piece)
+
+  def _check_alive(self, now: float):
+    """Gives a cluster without workers time to have some.
+
+    Raises:
+      UserError: when that is over.
+    """
+    if self._ready():
+      self._alone = None
+      return
+    self._alone = self._alone or now
+    if now - self._alone > self._options.start_timeout_s:
+      last = self._incidents[-1].detail if self._incidents else "unknown"
+      raise errors.UserError(
+          "no worker is left, and none came within"
+          f" {self._options.start_timeout_s:g} s (the last: {last}); the same"
+          " command resumes"
+      )
+
+  def _send(self, name: str, piece: work_lib.Piece):
+    ref = self._workers[name].handle.do.remote(piece)
+    self._ask(name, "do", ref, piece)
+
+  def _stop(self, vain: Sequence[tuple[str, work_lib.Piece]]):
+    for name, piece in vain:
+      if name in self._workers:
+        self._workers[name].handle.stop.remote(piece.kind, piece.key)
+
+  def sample(
+      self, work: work_lib.Sample, adapter: models.Params | None
+  ) -> Iterator[list[sampling.Generation]]:
+    """See `Executor.sample`."""
+    size = self._setup.config.propose.batch_size
+    # Once; from where it is put, every host takes it once.
+    weights = None if adapter is None else ray.put(adapter)
+    pieces = [
+        work_lib.Piece(
+            "sample",
+            (work.factory, *map(int, work.keys[at])),
+            work.factory,
+            (
+                dataclasses.replace(work, keys=work.keys[at : at + size]),
+                weights,
+            ),
+        )
+        for at in range(0, len(work.keys), size)
+    ]
+    for engine, texts in self._each(pieces):
+      self.engine = engine
+      yield [
+          sampling.Generation(text, finished, truncated=truncated)
+          for text, finished, truncated in texts
+      ]
+
+  def admit(
+      self, sources: Sequence[str]
+  ) -> Iterator[sandbox.Admitted | sandbox.Rejection]:
+    """See `Executor.admit`."""
+    pieces = [
+        work_lib.Piece("admit", at, None, list(sources[at : at + _ADMITTED]))
+        for at in range(0, len(sources), _ADMITTED)
+    ]
+    for verdicts in self._each(pieces):
+      yield from verdicts
+
+  def answer(
+      self, upcoming: executor_lib.Upcoming
+  ) -> Iterator[work_lib.Answered]:
+    """See `Executor.answer`."""
+    self._attempts.clear()
+    items = evaluation.load_items(self._setup.config.evaluate)
+    pieces = lambda: (
+        work_lib.Piece(
+            "answer", (w.model, w.split, w.first, w.before), w.model, w
+        )
+        for w in upcoming()
+    )
+    # The first of them now is the one that the next value is of.
+    with contextlib.closing(self._stream(pieces)) as values:
+      while (work := next(upcoming(), None)) is not None:
+        answered = next(values)
+        asked = items[work.split][work.first : work.before]
+        responses = ()
+        if not answered.failure:
+          responses = remote.unpack(answered.responses, asked, work.first)
+        self.engine = answered.engine
+        yield dataclasses.replace(answered, responses=responses)
+
+  def export(self, name: str, program: str, directory: pathlib.Path) -> None:
+    """See `Executor.export`."""
+    payload = name, program, str(directory.absolute())
+    for _ in self._each([work_lib.Piece("export", name, name, payload)]):
+      pass
+
+  def incidents(self) -> list[records.Incident]:
+    """See `Executor.incidents`."""
+    told, self._incidents = self._incidents, []
+    return told
+
+  # Training.
+
+  def train(
+      self,
+      training: work_lib.Training,
+      on_step: Callable[[int, dict[str, float]], None],
+  ) -> tuple[models.Params, list[dict[str, float]]]:
+    """See `Executor.train`; where a host is lost, from the last checkpoint."""
+    put = ray.put(training)
+    for attempt in itertools.count(1):
+      try:
+        trained = self._train_once(put, on_step)
+        self._grow()
+        return trained
+      except _LostError as error:
+        if attempt == _TRAININGS:
+          raise errors.UserError(
+              f"{training.label}: {error}, {attempt} times; the same command"
+              " resumes"
+          ) from None
+        progress.note(
+            f"{training.label}: {error}; it goes on from its last checkpoint"
+        )
+    raise AssertionError("unreachable")
+
+  def _train_once(self, training, on_step):
+    nodes = self._training_nodes()
+    handles = []
+    try:
+      for node in nodes:
+        gpus = node["Resources"].get("GPU", 0)
+        actor = ray.remote(concurrency_groups={"control": 1})(self._trainer)
+        handles.append(
+            actor.options(
+                num_cpus=0,
+                num_gpus=gpus,
+                max_restarts=0,
+                scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(
+                    node["NodeID"], soft=False
+                ),
+            ).remote(self._setup)
+        )
+      coordinator = ray.get(handles[0].address.remote())
+      refs = [
+          handle.train.remote(training, coordinator, len(handles), i)
+          for i, handle in enumerate(handles)
+      ]
+      return self._follow(handles[0], refs, on_step)
+    except ray.exceptions.RayTaskError:
+      raise
+    except ray.exceptions.RayError as error:
+      hosts = ", ".join(node["NodeManagerAddress"] for node in nodes)
+      self._incidents.append(
+          records.Incident("lost", "trainer", hosts, _line(error))
+      )
+      raise _LostError(f"a host that trains was lost ({hosts})") from None
+    finally:
+      for handle in handles:
+        ray.kill(handle)
+
+  def _training_nodes(self) -> list[dict[str, Any]]:
+    """Hosts that train, those with most GPUs; their workers make room."""
+    nodes = sorted(
+        self._nodes(),
+        key=lambda node: -node["Resources"].get("GPU", 0),
+    )[: self._options.train_hosts]
+    if not nodes:
+      raise errors.UserError(
+          "no host is left to train on; the same command resumes"
+      )
+    taken = {n["NodeID"] for n in nodes if n["Resources"].get("GPU")}
+    for worker in list(self._workers.values()):
+      if worker.node in taken:
+        self._end(worker)
+    return nodes
+
+  def _follow(self, first, refs, on_step):
+    """Waits for all, and tells the steps meanwhile."""
+    told, waiting, trained = 0, list(refs), None
+    while waiting:
+      ready, waiting = ray.wait(waiting, timeout=2 * _TICK_S)
+      for ref in ready:
+        reply = ray.get(ref)
+        if reply.error:
+          raise errors.UserError(reply.error)
+        trained = reply.value or trained
+      for step, metrics in ray.get(first.steps.remote(told)):
+        on_step(step, metrics)
+        told += 1
+    return trained
+
+
+def _check_answers(address: str):
+  """Looks whether anybody is at HOST:PORT.
+
+  Raises:
+    UserError: if not.
+  """
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdigit():
+    raise errors.UserError(
+        f"--config.ray.address={address} is not HOST:PORT, auto or local"
+    )
+  try:
+    socket.create_connection((host, int(port)), _ANSWER_S).close()
+  except OSError as error:
+    raise ConnectionError(f"nobody answers ({error})") from None
+
+
+def _note_open(address: str):
+  """Says so where a cluster is open to whoever reaches it."""
+  is_open = os.environ.get("RAY_AUTH_MODE", "disabled") != "token"
+  if is_open and not address.startswith(("127.", "localhost")):
+    progress.note(
+        "this Ray cluster takes commands from whoever reaches its ports: start"
+        " it with RAY_AUTH_MODE=token on every host, or keep it in a network"
+        " of its own"
+    )
+
+
+def _line(error: BaseException) -> str:
+  """What an error says, in one line without its trace."""
+  text = " ".join(str(error).split())
+  return re.sub(r"\x1b\[[0-9;]*m", "", text)[:300]
