@@ -381,6 +381,8 @@ def _accelerator(config, device: Device | None) -> Check:
     if config.tiny is not None:
       return Check(what, OK, "none; the toy world needs none")
     named = f", planned for {device.name}" if device else ""
+    if config.executor == "ray" and config.ray.address != "local":
+      return Check(what, UNKNOWN, f"none here{named}; the cluster's count")
     return Check(
         what,
         MISSING,

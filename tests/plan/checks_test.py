@@ -216,6 +216,10 @@ def test_a_sandbox_that_is_too_weak(monkeypatch, tmp_path):
 def test_real_models_need_an_accelerator_and_its_memory(directories, tmp_path):
   config = _of(*directories, tiny=None)
   assert "accelerator" in _missing(_run(config, tmp_path))
+  elsewhere = config_lib.Ray(address="127.0.0.1:9")
+  config = dataclasses.replace(config, executor="ray", ray=elsewhere)
+  found = _run(config, tmp_path)
+  assert found["accelerator"].status == checks_lib.UNKNOWN
   h200 = devices.DEVICES["H200"]
   check = _run(_SMOKE, tmp_path, h200)["device memory"]
   assert check.status == checks_lib.OK
