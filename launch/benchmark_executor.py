@@ -86,6 +86,9 @@ class Waiting:
   def stop(self, kind, key):
     """It takes no time to wait for."""
 
+  def close(self):
+    """There is nothing to end."""
+
 
 def _network_bytes() -> int:
   """Received through the loopback interface."""

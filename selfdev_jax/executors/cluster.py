@@ -52,6 +52,7 @@ _GROW_S = 5.0  # Hosts that have come are looked for so often.
 _ANSWER_S = 5.0  # A cluster's head has to take a connection.
 _TRAININGS = 10  # Times that a training is taken up after a host was lost.
 _ATTEMPTS = 2  # Workers on which a merge fails before that is believed.
+_CLOSE_S = 5.0  # Workers have so long to end what they have started.
 _LOSSES = 10  # Workers lost on a host before it gets no more.
 # Nats, on average, between two hosts that compute the same in other orders.
 _CANARY_NATS = 0.05
@@ -72,7 +73,6 @@ class _Worker:
   group: Any
   handle: Any
   hello: work_lib.Hello | None = None
-  versions: Mapping[str, str] | None = None
 
 
 class _LostError(Exception):
@@ -115,11 +115,13 @@ class Cluster:
     self._incidents: list[records.Incident] = []
     self._drained: set[str] = set()  # Nodes.
     self._losses: collections.Counter = collections.Counter()  # By node.
-    self._results: dict[work_lib.Piece, Any] = {}
+    # (node, value) of what is done and was not asked for yet.
+    self._results: dict[work_lib.Piece, tuple[str, Any]] = {}
     self._canary: np.ndarray | None = None
     self._versions = versions_lib.here(setup.vllm_python, setup.kind)
     self._grown = 0.0
     self._is_open = False
+    self._first: work_lib.Hello | None = None
     self._alone: float | None = None  # Since when there is no worker.
     self.decoder: models.DecoderConfig = setup.decoder
     self.engine = ""
@@ -280,11 +282,11 @@ class Cluster:
       waiting.tell(f"{len(self._ready())} of {len(self._workers)} ready")
     self._agree()
     self._is_open = True
-    hello = next(iter(self._ready())).hello
-    self.engine = hello.engine
+    self._first = next(iter(self._ready())).hello
+    self.engine = self._first.engine
     progress.note(
         f"{len(self._ready())} workers on"
-        f" {len({w.node for w in self._ready()})} hosts, {hello.engine}"
+        f" {len({w.node for w in self._ready()})} hosts, {self.engine}"
     )
 
   @property
@@ -296,6 +298,10 @@ class Cluster:
     return [w for w in self._workers.values() if w.hello is not None]
 
   def _end_workers(self):
+    with contextlib.suppress(ray.exceptions.RayError):
+      refs = [worker.handle.close.remote() for worker in self._ready()]
+      if refs:
+        ray.wait(refs, num_returns=len(refs), timeout=_CLOSE_S)
     for worker in list(self._workers.values()):
       self._end(worker)
 
@@ -321,8 +327,11 @@ class Cluster:
       return
     try:
       value = future.result()
-    except ray.exceptions.RayTaskError:
-      raise  # Of our own code: a bug, with its trace.
+    except ray.exceptions.RayTaskError as error:
+      if not self._is_open:
+        raise
+      self._drain(worker, _line(error.cause), error)
+      return
     except ray.exceptions.RayError as error:
       self._lose(worker, _line(error))
       return
@@ -355,13 +364,24 @@ class Cluster:
       raise errors.UserError(reason)
     self._drain(worker, reason)
 
-  def _drain(self, worker: _Worker, reason: str):
-    """Takes a host out of the run."""
+  def _drain(
+      self, worker: _Worker, reason: str, error: Exception | None = None
+  ):
+    """Takes a host out of the run.
+
+    Raises:
+      UserError: if it was the last; or `error`, which is no user's.
+    """
     self._drained.add(worker.node)
     for other in list(self._workers.values()):
       if other.node == worker.node:
         self._end(other)
     self._tell("drained", worker, reason)
+    if not self._nodes():
+      raise error or errors.UserError(
+          f"no host is left: {worker.host} was taken out ({reason}); the same"
+          " command resumes"
+      )
 
   def _compare(self, worker: _Worker, versions: Mapping[str, str]):
     differing = [
@@ -390,10 +410,9 @@ class Cluster:
           worker, "other log-probabilities than the others' at its start"
       )
       return
-    first = next(iter(self._ready()))
-    if worker.hello.engine != first.hello.engine:
+    if worker.hello.engine != self._first.engine:
       self._drain(
-          worker, f"it has {worker.hello.engine}, others {first.hello.engine}"
+          worker, f"it has {worker.hello.engine}, others {self._first.engine}"
       )
       return
     self._schedule.join(worker.name)
@@ -436,6 +455,7 @@ class Cluster:
   ):
     """A piece came back."""
     if reply.canary is not None and self._is_off(reply.canary):
+      self._forget(worker.node)
       self._drain(
           worker,
           "other log-probabilities for the seed model than at the start; what"
@@ -443,7 +463,8 @@ class Cluster:
       )
       return
     if reply.error:
-      raise errors.UserError(f"{reply.error} ({worker.name} on {worker.host})")
+      self._drain(worker, reply.error)
+      return
     if reply.is_stopped:
       self._schedule.take_back(worker.name, piece)
       return
@@ -454,7 +475,14 @@ class Cluster:
     counts, vain = self._schedule.finish(worker.name, piece)
     self._stop(vain)
     if counts:
-      self._results[piece] = reply.value
+      self._results[piece] = worker.node, reply.value
+
+  def _forget(self, node: str):
+    """Drops what a host has given and nobody has used yet."""
+    for piece, (giver, _) in list(self._results.items()):
+      if giver == node:
+        del self._results[piece]
+        self._schedule.forget(piece)
 
   def _is_doubtful(self, worker, piece, reply) -> bool:
     """Whether a failed merge may be the host's fault, and another should try.
@@ -493,7 +521,8 @@ class Cluster:
         while wanted[0] not in self._results:
           self._deal()
           self._look()
-        yield self._results.pop(wanted[0])
+        _, value = self._results.pop(wanted[0])
+        yield value
     finally:
       self._stop(self._schedule.want([]))
       self._results = {}
@@ -652,6 +681,7 @@ class Cluster:
         progress.note(
             f"{training.label}: {error}; it goes on from its last checkpoint"
         )
+        time.sleep(_GROW_S)  # Ray knows a little later that a host is gone.
     raise AssertionError("unreachable")
 
   def _train_once(self, training, on_step):
@@ -671,7 +701,9 @@ class Cluster:
                 ),
             ).remote(self._setup)
         )
-      coordinator = ray.get(handles[0].address.remote())
+      coordinator = ray.get(
+          handles[0].address.remote(), timeout=self._options.start_timeout_s
+      )
       refs = [
           handle.train.remote(training, coordinator, len(handles), i)
           for i, handle in enumerate(handles)
@@ -679,6 +711,12 @@ class Cluster:
       return self._follow(handles[0], refs, on_step)
     except ray.exceptions.RayTaskError:
       raise
+    except ray.exceptions.GetTimeoutError:
+      raise errors.UserError(
+          f"{nodes[0]['NodeManagerAddress']} had no room for a training within"
+          f" ray.start_timeout_s, {self._options.start_timeout_s:g} s; see what"
+          " holds its GPUs. The same command resumes"
+      ) from None
     except ray.exceptions.RayError as error:
       hosts = ", ".join(node["NodeManagerAddress"] for node in nodes)
       self._incidents.append(

@@ -90,6 +90,10 @@ class Schedule(Generic[W]):
     self._take(worker, piece)
     self._refused.setdefault(piece, set()).add(worker)
 
+  def forget(self, piece: W):
+    """The result of a piece was lost; it waits again."""
+    self._done.discard(piece)
+
   def take_back(self, worker: str, piece: W):
     """A worker has left a piece undone; it waits again."""
     self._take(worker, piece)

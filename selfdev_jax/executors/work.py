@@ -130,7 +130,7 @@ class Setup:
   @property
   def seen(self) -> pathlib.Path:
     """The file by which a worker knows that it sees the head's workdir."""
-    return pathlib.Path(self.workdir) / f"seen-{self.token}"
+    return pathlib.Path(self.workdir) / f"seen-{self.token}.tmp"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The smoke run through three hosts of this machine, one of them killed."""
 
+from collections.abc import Iterable
 import contextlib
 import os
 import pathlib
@@ -204,6 +205,39 @@ def test_the_head_is_killed_and_resumes(
   assert code == 0, err
   assert result == expected
   assert _pairs(tmp_path / "run") == pairs
+
+
+def _listening(pids: Iterable[int]) -> set[str]:
+  """Addresses, in hexadecimal, at which processes take connections."""
+  inodes = set()
+  for pid in pids:
+    for link in pathlib.Path(f"/proc/{pid}/fd").glob("*"):
+      with contextlib.suppress(OSError):
+        inodes.add(os.readlink(link).removeprefix("socket:[").rstrip("]"))
+  found = set()
+  for name in ("tcp", "tcp6"):
+    lines = pathlib.Path(f"/proc/net/{name}").read_text(encoding="ascii")
+    for line in lines.splitlines()[1:]:
+      fields = line.split()
+      if fields[3] == "0A" and fields[9] in inodes:
+        found.add(fields[1].split(":")[0])
+  return found
+
+
+def test_a_cluster_of_the_run_s_own_is_on_loopback(
+    smoke_cache, start_smoke, tmp_path
+):
+  process = start_smoke(tmp_path / "run", smoke_cache, "--config.executor=ray")
+  try:
+    _begun(tmp_path / "run", process)
+    found = _listening(_family(process.pid))
+  finally:
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+  assert process.returncode == 130
+  # 127.0.0.1, and the same as IPv6 writes it.
+  assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}
+  assert found
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
