@@ -47,7 +47,7 @@ test-fast: $(VENV)/dev.stamp  ## The fast tests: under two minutes.
 
 test-slow: $(VENV)/dev.stamp  ## The whole-loop tests, vLLM's among them if it can be had.
 	@$(MAKE) --no-print-directory vllm-env || echo "vLLM cannot be installed here: its tests are skipped"
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile
 
 format: $(VENV)/dev.stamp  ## Formats the code and mends what ruff can.
 	@$(BIN)/python -m pyink --quiet selfdev_jax configs launch tests

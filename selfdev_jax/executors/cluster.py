@@ -112,6 +112,8 @@ class Cluster:
     self._schedule = schedule_lib.Schedule(lambda p: p.about, _DEPTH)
     self._attempts: collections.Counter = collections.Counter()
     self._durations: collections.deque = collections.deque(maxlen=100)
+    self._longest: dict[str, float] = {}  # Seconds, by kind of piece.
+    self._admissions = itertools.count()
     self._incidents: list[records.Incident] = []
     self._drained: set[str] = set()  # Nodes.
     self._losses: collections.Counter = collections.Counter()  # By node.
@@ -472,6 +474,8 @@ class Cluster:
       self._schedule.refuse(worker.name, piece)
       return
     self._durations.append(reply.seconds)
+    longest = self._longest.get(piece.kind, 0.0)
+    self._longest[piece.kind] = max(longest, reply.seconds)
     counts, vain = self._schedule.finish(worker.name, piece)
     self._stop(vain)
     if counts:
@@ -519,7 +523,7 @@ class Cluster:
             p: self._results[p] for p in wanted if p in self._results
         }
         while wanted[0] not in self._results:
-          self._deal()
+          self._deal(wanted[0].kind)
           self._look()
         _, value = self._results.pop(wanted[0])
         yield value
@@ -534,7 +538,7 @@ class Cluster:
       left.popleft()
       yield value
 
-  def _deal(self):
+  def _deal(self, kind: str):
     now = time.monotonic()
     if now - self._grown > _GROW_S:
       self._grow()
@@ -544,9 +548,12 @@ class Cluster:
     for name, piece, other in self._schedule.steal(now):
       self._stop([(other, piece)])
       self._send(name, piece)
-    if not self._durations:
+    if self._durations:
+      usual = statistics.median(self._durations)
+    elif kind in self._longest:  # There may be but one, and that late.
+      usual = self._longest[kind]
+    else:
       return
-    usual = statistics.median(self._durations)
     patience = max(_LATE_S, _LATE * usual)
     for name, piece in self._schedule.duplicate(now, patience):
       if piece.kind == "export":  # Two would write one directory.
@@ -617,8 +624,15 @@ class Cluster:
       self, sources: Sequence[str]
   ) -> Iterator[sandbox.Admitted | sandbox.Rejection]:
     """See `Executor.admit`."""
+    # What is asked another time is other sources: no late verdict is of them.
+    time_asked = next(self._admissions)
     pieces = [
-        work_lib.Piece("admit", at, None, list(sources[at : at + _ADMITTED]))
+        work_lib.Piece(
+            "admit",
+            (time_asked, at),
+            None,
+            list(sources[at : at + _ADMITTED]),
+        )
         for at in range(0, len(sources), _ADMITTED)
     ]
     for verdicts in self._each(pieces):
@@ -666,10 +680,18 @@ class Cluster:
       on_step: Callable[[int, dict[str, float]], None],
   ) -> tuple[models.Params, list[dict[str, float]]]:
     """See `Executor.train`; where a host is lost, from the last checkpoint."""
-    put = ray.put(training)
+    put, last = ray.put(training), 0
+
+    def tell(step, metrics):
+      """What is computed again was told before."""
+      nonlocal last
+      if step > last:
+        last = step
+        on_step(step, metrics)
+
     for attempt in itertools.count(1):
       try:
-        trained = self._train_once(put, on_step)
+        trained = self._train_once(put, tell)
         self._grow()
         return trained
       except _LostError as error:
@@ -709,8 +731,6 @@ class Cluster:
           for i, handle in enumerate(handles)
       ]
       return self._follow(handles[0], refs, on_step)
-    except ray.exceptions.RayTaskError:
-      raise
     except ray.exceptions.GetTimeoutError:
       raise errors.UserError(
           f"{nodes[0]['NodeManagerAddress']} had no room for a training within"
@@ -718,6 +738,10 @@ class Cluster:
           " holds its GPUs. The same command resumes"
       ) from None
     except ray.exceptions.RayError as error:
+      # Where one is lost, the others fail too, and that is no bug of theirs.
+      is_bug = isinstance(error, ray.exceptions.RayTaskError)
+      if is_bug and _are_there(handles):
+        raise
       hosts = ", ".join(node["NodeManagerAddress"] for node in nodes)
       self._incidents.append(
           records.Incident("lost", "trainer", hosts, _line(error))
@@ -731,7 +755,10 @@ class Cluster:
     """Hosts that train, those with most GPUs; their workers make room."""
     nodes = sorted(
         self._nodes(),
-        key=lambda node: -node["Resources"].get("GPU", 0),
+        key=lambda node: (
+            -node["Resources"].get("GPU", 0),
+            node["NodeManagerAddress"],
+        ),
     )[: self._options.train_hosts]
     if not nodes:
       raise errors.UserError(
@@ -757,6 +784,16 @@ class Cluster:
         on_step(step, metrics)
         told += 1
     return trained
+
+
+def _are_there(handles: Sequence[Any]) -> bool:
+  """Whether all trainers answer."""
+  try:
+    refs = [handle.steps.remote(0) for handle in handles]
+    ray.get(refs, timeout=_ANSWER_S)
+  except ray.exceptions.RayError:
+    return False
+  return True
 
 
 def _check_answers(address: str):

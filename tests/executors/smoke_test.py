@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from selfdev_jax import records
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 _HEAD = "127.0.0.2"
 _START_S = 120.0
+_TRAINING = ("--config.dpo.steps=60", "--config.dpo.save_every=5")
 
 
 def _free_port() -> int:
@@ -53,6 +55,10 @@ class _Hosts:
           stderr=log,
           start_new_session=True,
       )
+
+  @property
+  def there(self) -> list[str]:
+    return list(self._nodes)
 
   def join(self) -> str:
     self._last += 1
@@ -125,12 +131,12 @@ def hosts(smoke_cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(smoke_cache, start_smoke, finish_smoke, tmp_path_factory):
-  """(result, pairs, seconds) of the run in one process."""
+  """(result, workdir, seconds) of the run in one process."""
   start = time.monotonic()
   workdir = tmp_path_factory.mktemp("alone") / "run"
   code, result, err = finish_smoke(start_smoke(workdir, smoke_cache))
   assert code == 0, err
-  return result, _pairs(workdir), time.monotonic() - start
+  return result, workdir, time.monotonic() - start
 
 
 def _pairs(workdir: pathlib.Path) -> list[records.Pair]:
@@ -148,10 +154,9 @@ def _begun(workdir: pathlib.Path, process):
 def test_a_host_is_killed_at_a_random_moment(
     hosts, alone, smoke_cache, start_smoke, finish_smoke, tmp_path, request
 ):
-  expected, pairs, seconds = alone
+  expected, reference, seconds = alone
   seed = random.SystemRandom().randrange(10**6)
   draw, killed, runs = random.Random(seed), 0, 0
-  there = ["127.0.0.3", "127.0.0.4"]
   while killed < request.config.getoption("--nodes"):
     runs += 1
     workdir = tmp_path / str(runs)
@@ -162,19 +167,18 @@ def test_a_host_is_killed_at_a_random_moment(
         f"--config.ray.address={hosts.address}",
     )
     _begun(workdir, process)
-    moment, doomed = draw.uniform(0.0, seconds), draw.choice(there)
+    moment, doomed = draw.uniform(0.0, seconds), draw.choice(hosts.there[1:])
     end, is_killed = time.monotonic() + moment, False
     while process.poll() is None and time.monotonic() < end:
       time.sleep(0.1)
     if process.poll() is None:
       hosts.kill(doomed)
-      there.remove(doomed)
-      there.append(hosts.join())
+      hosts.join()
       is_killed = True
     code, result, err = finish_smoke(process)
     assert code == 0, (seed, err)
     assert result == expected, (seed, err)
-    assert _pairs(workdir) == pairs, seed
+    assert _pairs(workdir) == _pairs(reference), seed
     with store_lib.Store.read(workdir) as archive:
       kinds = [incident.kind for incident in archive.incidents()]
       last = archive.activities()[-1].stage
@@ -189,7 +193,7 @@ def test_a_host_is_killed_at_a_random_moment(
 def test_the_head_is_killed_and_resumes(
     hosts, alone, smoke_cache, start_smoke, finish_smoke, tmp_path
 ):
-  expected, pairs, seconds = alone
+  expected, reference, seconds = alone
   overrides = [
       "--config.executor=ray",
       f"--config.ray.address={hosts.address}",
@@ -204,7 +208,54 @@ def test_the_head_is_killed_and_resumes(
   )
   assert code == 0, err
   assert result == expected
-  assert _pairs(tmp_path / "run") == pairs
+  assert _pairs(tmp_path / "run") == _pairs(reference)
+
+
+def _losses(workdir: pathlib.Path) -> list[float]:
+  """Of the steps that are archived; none where there is no archive yet."""
+  try:
+    with store_lib.Store.read(workdir) as archive:
+      return [step.metrics["loss"] for step in archive.steps(1)]
+  except store_lib.StoreError:
+    return []
+
+
+@pytest.fixture(scope="module")
+def trained(smoke_cache, start_smoke, finish_smoke, tmp_path_factory):
+  """Losses of a longer training in one process."""
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  code, _, err = finish_smoke(start_smoke(workdir, smoke_cache, *_TRAINING))
+  assert code == 0, err
+  return _losses(workdir)
+
+
+def test_two_hosts_train_as_one(
+    hosts, trained, smoke_cache, start_smoke, finish_smoke, tmp_path
+):
+  """And one goes on from the last checkpoint when the other is gone."""
+  process = start_smoke(
+      tmp_path / "run",
+      smoke_cache,
+      "--config.executor=ray",
+      f"--config.ray.address={hosts.address}",
+      "--config.ray.train_hosts=2",
+      *_TRAINING,
+  )
+  while len(_losses(tmp_path / "run")) < 15:
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.1)
+  # The first two by address train; the head's host is not the one to die.
+  (doomed,) = {*sorted(hosts.there)[:2]} - {_HEAD}
+  hosts.kill(doomed)
+  hosts.join()
+  code, _, err = finish_smoke(process)
+  assert code == 0, err
+  assert len(trained) == 60
+  np.testing.assert_allclose(
+      _losses(tmp_path / "run"), trained, rtol=0, atol=1e-5
+  )
+  with store_lib.Store.read(tmp_path / "run") as archive:
+    assert "trainer" in {i.worker for i in archive.incidents()}
 
 
 def _listening(pids: Iterable[int]) -> set[str]:
@@ -256,4 +307,4 @@ def test_results_do_not_depend_on_the_workers(
   )
   assert code == 0, err
   assert result == alone[0]
-  assert _pairs(tmp_path / "run") == alone[1]
+  assert _pairs(tmp_path / "run") == _pairs(alone[1])
