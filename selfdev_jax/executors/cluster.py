@@ -280,6 +280,8 @@ class Cluster:
         raise errors.UserError(
             f"no worker could be started: {'; '.join(reasons)}"
         )
+      if time.monotonic() - self._grown > _GROW_S:
+        self._grow()  # A host may be gone before its worker is there.
       self._look()
       waiting.tell(f"{len(self._ready())} of {len(self._workers)} ready")
     self._agree()

@@ -3,7 +3,8 @@
 A stream of pieces is wanted in an order, of which a bounded beginning is known
 here. Each worker has at most `depth` pieces: one that it does, and others that
 wait there, so that it need not wait for the head. What it has last worked with,
-a merged model say, it is given more of.
+a merged model say, it is given more of. A piece that it has in vain takes its
+place there until it says that it has left it.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,8 @@ class Schedule(Generic[W]):
     self._depth = depth
     self._wanted: dict[W, None] = {}
     self._done: set[W] = set()
-    self._queues: dict[str, list[W]] = {}
+    # By worker its pieces in their order, and whether it has each in vain.
+    self._queues: dict[str, dict[W, bool]] = {}
     self._since: dict[tuple[str, W], float] = {}
     self._last: dict[str, Hashable] = {}
     self._refused: dict[W, set[str]] = {}
@@ -41,27 +43,38 @@ class Schedule(Generic[W]):
     return list(self._queues)
 
   def holders(self, piece: W) -> list[str]:
-    """Workers that have a piece."""
-    return [name for name, queue in self._queues.items() if piece in queue]
+    """Workers that have a piece, and not in vain."""
+    return [
+        name
+        for name, queue in self._queues.items()
+        if queue.get(piece) is False
+    ]
+
+  def oldest(self, worker: str) -> float | None:
+    """Since when a worker has its first piece; None where it has none."""
+    return min(
+        (self._since[worker, piece] for piece in self._queues[worker]),
+        default=None,
+    )
 
   def join(self, worker: str):
     """A worker is there, and has nothing."""
-    self._queues[worker] = []
+    self._queues[worker] = {}
     self._last[worker] = None
 
   def leave(self, worker: str) -> list[W]:
-    """A worker is gone; its pieces wait again, and are returned."""
-    lost = self._queues.pop(worker, [])
+    """A worker is gone; what it had, and not in vain, waits again."""
+    queue = self._queues.pop(worker, {})
     self._last.pop(worker, None)
-    for piece in lost:
+    for piece in queue:
       del self._since[worker, piece]
-    return lost
+    return [piece for piece, is_vain in queue.items() if not is_vain]
 
   def want(self, pieces: Iterable[W]) -> list[tuple[str, W]]:
     """Sets what is wanted, the most urgent first.
 
     Returns:
-      (worker, piece) of those that a worker has in vain.
+      (worker, piece) of those that a worker has in vain from now on.
     """
     self._wanted = dict.fromkeys(pieces)
     self._done &= self._wanted.keys()
@@ -77,9 +90,9 @@ class Schedule(Generic[W]):
 
     Returns:
       (whether its result counts: it is wanted, and the first,
-      (worker, piece) of copies that others have in vain now).
+      (worker, piece) of copies that others have in vain from now on).
     """
-    self._take(worker, piece)
+    self.take_back(worker, piece)
     if piece in self._done or piece not in self._wanted:
       return False, []
     self._done.add(piece)
@@ -87,7 +100,7 @@ class Schedule(Generic[W]):
 
   def refuse(self, worker: str, piece: W):
     """A worker has given a piece back; another may do it."""
-    self._take(worker, piece)
+    self.take_back(worker, piece)
     self._refused.setdefault(piece, set()).add(worker)
 
   def forget(self, piece: W):
@@ -95,8 +108,9 @@ class Schedule(Generic[W]):
     self._done.discard(piece)
 
   def take_back(self, worker: str, piece: W):
-    """A worker has left a piece undone; it waits again."""
-    self._take(worker, piece)
+    """A worker has left a piece; if it is wanted, it waits again."""
+    if self._queues.get(worker, {}).pop(piece, None) is not None:
+      del self._since[worker, piece]
 
   def deal(self, now: float) -> list[tuple[str, W]]:
     """Gives out what waits; (worker, piece), the idle ones first.
@@ -104,37 +118,56 @@ class Schedule(Generic[W]):
     Args:
       now: any clock's time, in seconds.
     """
-    dealt, held = [], {p for queue in self._queues.values() for p in queue}
-    waiting = [p for p in self._wanted if p not in held | self._done]
+    if all(len(queue) >= self._depth for queue in self._queues.values()):
+      return []
+    held = {
+        piece
+        for queue in self._queues.values()
+        for piece, is_vain in queue.items()
+        if not is_vain
+    }
+    waiting = [
+        piece
+        for piece in self._wanted
+        if piece not in held and piece not in self._done
+    ]
+    dealt, kinds = [], set(self._last.values())
     for length in range(self._depth):
       for worker, queue in self._queues.items():
         if len(queue) != length or not waiting:
           continue
-        piece = self._choose(worker, waiting)
+        piece = self._choose(worker, waiting, kinds)
         if piece is not None:
           waiting.remove(piece)
           self._give(worker, piece, now)
           dealt.append((worker, piece))
+          kinds = set(self._last.values())
     return dealt
 
   def steal(self, now: float) -> list[tuple[str, W, str]]:
     """Moves pieces that wait behind others to workers that have nothing.
 
     Returns:
-      (worker that gets it, piece, worker that had it).
+      (worker that gets it, piece, worker that has it in vain from now on).
     """
+    idle = self._idle()
+    if not idle:
+      return []
     moved = []
-    for worker, queue in self._queues.items():
-      if queue:
-        continue
-      for other, others in self._queues.items():
-        piece = others[-1] if len(others) > 1 else None
-        if piece is None or not self._may(worker, piece):
-          continue
-        self._take(other, piece)
-        self._give(worker, piece, now)
-        moved.append((worker, piece, other))
-        break
+    behind = [
+        (piece, other)
+        for other, queue in self._queues.items()
+        for piece in list(queue)[1:]
+        if not queue[piece]
+    ]
+    for worker in idle:
+      for piece, other in behind:
+        if self._may(worker, piece):
+          self._queues[other][piece] = True
+          self._give(worker, piece, now)
+          moved.append((worker, piece, other))
+          behind.remove((piece, other))
+          break
     return moved
 
   def duplicate(self, now: float, patience_s: float) -> list[tuple[str, W]]:
@@ -144,17 +177,17 @@ class Schedule(Generic[W]):
       now: as in `deal`.
       patience_s: nothing younger is given twice.
     """
-    dealt = []
-    idle = [name for name, queue in self._queues.items() if not queue]
+    idle = self._idle()
     if not idle:
       return []
     late = [
         piece
-        for (_, piece), since in sorted(
+        for (name, piece), since in sorted(
             self._since.items(), key=lambda entry: entry[1]
         )
-        if now - since > patience_s and len(self.holders(piece)) == 1
+        if now - since > patience_s and self.holders(piece) == [name]
     ]
+    dealt = []
     for worker in idle:
       for piece in late:
         if self._may(worker, piece):
@@ -164,44 +197,54 @@ class Schedule(Generic[W]):
           break
     return dealt
 
-  def _choose(self, worker, waiting) -> W | None:
+  def _idle(self) -> list[str]:
+    return [name for name, queue in self._queues.items() if not queue]
+
+  def _choose(self, worker, waiting, kinds) -> W | None:
     """Of what the worker has, else of what nobody has, else if it is idle."""
-    free = [p for p in waiting if self._may(worker, p)]
-    mine = self._last[worker]
-    others = {x for name, x in self._last.items() if name != worker}
-    first = None
-    for piece in free:
+    first = new = None
+    for piece in waiting:
+      if not self._may(worker, piece):
+        continue
       kind = self._affinity(piece)
-      if kind is None or kind == mine:
+      if kind is None or kind == self._last[worker]:
         return piece
-      if first is None and kind not in others:
+      if first is None:
         first = piece
-    if first is not None or self._queues[worker]:
-      return first
-    return free[0] if free else None
+      if new is None and kind not in kinds:
+        new = piece
+    if new is not None or self._queues[worker]:
+      return new
+    return first
 
   def _may(self, worker, piece) -> bool:
-    """Whether it has not refused; where all have, any may try again."""
-    refused = self._refused.get(piece, set())
-    return worker not in refused or refused >= self._queues.keys()
+    """Whether it may be given it.
+
+    A worker that has refused may try again where all others have it already, or
+    have refused, too.
+    """
+    if piece in self._queues[worker]:
+      return False
+    refused = self._refused.get(piece)
+    if not refused or worker not in refused:
+      return True
+    return all(
+        name in refused or piece in queue
+        for name, queue in self._queues.items()
+    )
 
   def _give(self, worker, piece, now):
-    self._queues[worker].append(piece)
+    self._queues[worker][piece] = False
     self._since[worker, piece] = now
     self._last[worker] = self._affinity(piece)
-
-  def _take(self, worker, piece):
-    if piece in self._queues.get(worker, ()):
-      self._queues[worker].remove(piece)
-      del self._since[worker, piece]
 
   def _drop(self, is_vain) -> list[tuple[str, W]]:
     vain = [
         (name, piece)
         for name, queue in self._queues.items()
-        for piece in queue
-        if is_vain(piece)
+        for piece, was_vain in queue.items()
+        if not was_vain and is_vain(piece)
     ]
     for name, piece in vain:
-      self._take(name, piece)
+      self._queues[name][piece] = True
     return vain

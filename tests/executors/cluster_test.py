@@ -43,9 +43,7 @@ ray.cloudpickle.register_pickle_by_value(doubles)
 
 
 def _add(hosts, address, **resources):
-  return hosts.add_node(
-      node_ip_address=address, **{"num_cpus": 1, **resources}
-  )
+  return hosts.add_node(node_ip_address=address, **{"num_cpus": 1, **resources})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,10 @@ def hosts():
         _HOSTS[0],
         include_dashboard=False,
         # Processes that no worker will be made of cost seconds here.
-        _system_config={"prestart_worker_first_driver": False},
+        _system_config={
+            "prestart_worker_first_driver": False,
+            "health_check_period_ms": 1000,
+        },
     )
     try:
       for address in _HOSTS[1:]:
@@ -124,7 +125,9 @@ def _work(model, first=0, script=(), before=None, is_known=False):
 
 
 def _blocks(models):
-  return [_work(f"m{m}", first) for m in range(models) for first in range(0, 8, 2)]
+  return [
+      _work(f"m{m}", first) for m in range(models) for first in range(0, 8, 2)
+  ]
 
 
 def _texts(work):
@@ -141,7 +144,7 @@ def _answers(executor, works, decide=lambda left, answered: left):
     work = left.pop(0)
     said = [r.text for r in answered.responses] or answered.failure
     found.append((work.model, work.first, said))
-    left = decide(left, answered)
+    left[:] = decide(left, answered)
   return found
 
 
@@ -201,14 +204,10 @@ def test_values_and_order_do_not_depend_on_the_number_of_workers(
 
   sources = [f"program {i}" for i in range(70)]
   assert list(executor.admit(sources)) == [doubles.verdict(s) for s in sources]
-  assert executor.engine == "stand-in 1"
-  assert not _kinds(executor) - collections.Counter(duplicated=99)
-
-
-def test_nothing_to_do(start):
-  executor = start(workers=1)
   assert not list(executor.admit([]))
   assert not list(executor.answer(lambda: iter(())))
+  assert executor.engine == "stand-in 1"
+  assert not _kinds(executor) - collections.Counter(duplicated=99)
 
 
 def test_a_worker_that_dies_in_mid_piece(start):
@@ -254,6 +253,17 @@ def test_a_host_that_is_killed(hosts, start, log):
   assert pauses.max() < 8.0
 
 
+@pytest.mark.slow  # Ray takes its time to see it.
+def test_a_host_that_is_gone_before_its_worker_is_there(hosts, start):
+  node = _add(hosts, "127.0.0.9")
+  hosts.remove_node(node, allow_graceful=False)
+  begun = time.monotonic()
+  executor = start()  # Ray takes it for alive.
+  assert time.monotonic() - begun < 30.0
+  works = _blocks(2)
+  assert _answers(executor, works) == _expected(works)
+
+
 def test_a_straggler_s_piece_is_given_to_another(start):
   executor = start(workers=2)
   works = _blocks(4)
@@ -274,16 +284,17 @@ def test_the_only_piece_left_is_a_straggler(start):
   assert time.monotonic() - begun < 15.0
 
 
-def test_a_late_answer_to_an_earlier_question_is_not_taken(start):
+def test_a_late_answer_to_an_earlier_question_is_not_taken(start, monkeypatch):
   """A deaf straggler's verdicts come while others are asked for."""
+  monkeypatch.setattr(cluster_lib, "_LATE_S", 0.3)
   executor = start(workers=2)
-  slow = json.dumps([{"sleep": 4.0, "is_deaf": True}])
+  slow = json.dumps([{"sleep": 2.0, "is_deaf": True}])
   first = [slow] + [f"first {i}" for i in range(100)]
   begun = time.monotonic()
   assert list(executor.admit(first)) == [doubles.verdict(s) for s in first]
-  assert time.monotonic() - begun < 4.0, "it was not duplicated"
+  assert time.monotonic() - begun < 2.0, "it was not duplicated"
   # This one has the same number, and waits until the straggler has answered.
-  waits = json.dumps([{"sleep": 5.0, "times": 9}])
+  waits = json.dumps([{"sleep": 3.0, "times": 9}])
   second = [waits] + [f"second {i}" for i in range(40)]
   assert list(executor.admit(second)) == [doubles.verdict(s) for s in second]
 
@@ -295,7 +306,9 @@ def test_what_is_not_wanted_any_more_is_stopped(start, log):
   last = _work("m2")
   begun = time.monotonic()
   found = _answers(
-      executor, [drops, long, last], lambda left, _: [w for w in left if w != long]
+      executor,
+      [drops, long, last],
+      lambda left, _: [w for w in left if w != long],
   )
   assert found == _expected([drops, last])
   # The next finds the worker free.
@@ -349,33 +362,44 @@ def test_a_host_that_computes_wrongly_later(start, log, monkeypatch):
 
 def test_a_host_that_joins_gets_work(hosts, start, log, monkeypatch):
   monkeypatch.setattr(cluster_lib, "_GROW_S", 0.3)
-  executor = start()
+  executor = start(workers=None)
   nodes = []
 
-  def decide(left, answered):
+  def decide(left, _):
     if not nodes:
       nodes.append(_add(hosts, "127.0.0.6"))
-    return left
+    has_answered = any(host == "127.0.0.6" for host, *_ in log("end"))
+    return left[:2] if has_answered else left
 
-  works = [_work(f"m{m}", script=[{"sleep": 0.4}]) for m in range(45)]
+  works = [_work(f"m{m}", script=[{"sleep": 0.3}]) for m in range(200)]
   try:
-    assert _answers(executor, works, decide) == _expected(works)
+    found = _answers(executor, works, decide)
+    assert found == _expected(works)[: len(found)]
+    assert len(found) < 200
     joined = [i for i in executor.incidents() if i.kind == "joined"]
     assert [i.host for i in joined] == ["127.0.0.6"]
-    assert any(host == "127.0.0.6" for host, *_ in log("end"))
   finally:
     executor.close()
     hosts.remove_node(nodes[0], allow_graceful=False)
 
 
-def test_no_worker_is_left_and_none_comes(start, tmp_path, monkeypatch):
+def test_no_host_is_left(start, tmp_path, monkeypatch):
   monkeypatch.setattr(cluster_lib, "_GROW_S", 0.3)
   executor = start(workers=1, start_timeout_s=6.0)
   plan = {"versions": {"all": {"jax": "0.0.1"}}}
   (tmp_path / "plan.json").write_text(json.dumps(plan))
-  with pytest.raises(errors.UserError, match="no worker is left") as caught:
+  with pytest.raises(errors.UserError, match="no host is left") as caught:
     _answers(executor, [_work("m0", script=[{"dies": True}])])
   assert "0.0.1" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_worker_is_left_and_none_comes(start, tmp_path, monkeypatch):
+  monkeypatch.setattr(cluster_lib, "_GROW_S", 0.3)
+  executor = start(workers=1, start_timeout_s=6.0)
+  (tmp_path / "plan.json").write_text('{"open_s": {"all": 60}}')
+  with pytest.raises(errors.UserError, match="no worker is left") as caught:
+    _answers(executor, [_work("m0", script=[{"dies": True}])])
+  assert "6 s" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_head_holds_a_bounded_part(start, log):
@@ -402,7 +426,10 @@ def test_the_head_holds_a_bounded_part(start, log):
 
 
 @pytest.mark.parametrize("kind", ["crash", "memory", "timeout"])
-def test_a_failed_merge_is_believed_when_two_say_so(start, log, kind):
+def test_a_failed_merge_is_believed_when_two_say_so(
+    start, log, monkeypatch, kind
+):
+  monkeypatch.setattr(cluster_lib, "_LATE_S", 60.0)  # Nothing is given twice.
   executor = start(workers=2)
   once = _work("m0", script=[{"failure": kind}])
   ever = _work("m1", script=[{"failure": kind, "times": 99}])
@@ -482,9 +509,7 @@ def test_a_training_is_taken_up_again(
   assert _answers(executor, works) == _expected(works)
 
 
-def test_a_training_one_of_whose_hosts_hangs(
-    start, log, tmp_path, monkeypatch
-):
+def test_a_training_one_of_whose_hosts_hangs(start, log, tmp_path, monkeypatch):
   """The other fails first, and Ray sees nothing."""
   monkeypatch.setattr(cluster_lib, "_GROW_S", 0.3)
   monkeypatch.setattr(cluster_lib, "_ANSWER_S", 1.0)
@@ -509,7 +534,7 @@ def test_a_training_with_a_bug(start, tmp_path):
 def test_a_training_that_the_user_has_to_mend(start, tmp_path):
   executor = start(workers=1)
   training = _training(tmp_path, error="dpo.x is too large")
-  with pytest.raises(errors.UserError, match="^dpo.x is too large$"):
+  with pytest.raises(errors.UserError, match=r"^dpo\.x is too large$"):
     executor.train(training, lambda *_: None)
 
 
@@ -529,7 +554,7 @@ def _refused(start, log, match, **arguments):
 def test_an_address_that_nobody_answers(start, log):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    address = "127.0.0.1:%d" % free.getsockname()[1]
+    address = f"127.0.0.1:{free.getsockname()[1]}"
   text, seconds = _refused(start, log, "nobody answers", address=address)
   assert address in text and "ray start" in text
   assert seconds < 8.0

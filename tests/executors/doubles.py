@@ -82,6 +82,7 @@ class Doer(_Scripted):
     return versions_lib.here(None, "jax") | self._planned("versions", {})
 
   def open(self) -> work_lib.Reply:
+    time.sleep(self._planned("open_s", 0.0))
     error = self._planned("error", "")
     if error:
       return work_lib.Reply(error=error)
@@ -213,17 +214,15 @@ class Trainer(_Scripted):
       if index and _is_gone(pathlib.Path(training.workdir) / "pid-0"):
         raise RuntimeError("the other process does not answer")
       self._steps.append((step, {"loss": 1 / step}))
-      if step == script.get("dies at") and not index:
-        if self._claim("training", 1):
-          # Told, and not kept.
-          time.sleep(script["waits"])
-          os._exit(1)
+      is_last = step == script.get("dies at") and not index
+      if is_last and self._claim("training", 1):
+        # Told, and not kept.
+        time.sleep(script["waits"])
+        os._exit(1)
       if step % 2 == 0 and not index:
         kept.write_text(str(step))
     history = [{"loss": 1 / s} for s in range(1, script["steps"] + 1)]
-    return work_lib.Reply(
-        ({"w": np.ones(2)}, history) if index == 0 else None
-    )
+    return work_lib.Reply(({"w": np.ones(2)}, history) if index == 0 else None)
 
   @ray.method(concurrency_group="control")
   def steps(self, done: int) -> list[tuple[int, dict[str, float]]]:
