@@ -19,6 +19,7 @@ it; it ends with status 2 where something is missing, and spends nothing.
 import json
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 
 from launch import app
@@ -93,6 +94,9 @@ def main(_):
       plan.show(config, workdir, host, _PLAN_DEVICE.value)
     return
   loop.check(config)
+  if config.executor == "ray":
+    # This process decides and archives: devices are for the workers.
+    jax.config.update("jax_platforms", "cpu")
   _check_place(config, _WORKDIR.value)
   with storage.open_workdir(_WORKDIR.value) as (workdir, push):
     loop.run(config, workdir, world.prepare(config), host, push=push)

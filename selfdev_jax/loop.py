@@ -121,7 +121,6 @@ def run(
     longest = _check_lengths(config, decoder, convert.load_tokenizer(directory))
     identity = _identity(config, paths)
     if config.executor == "ray":
-      places = {name: _absolute(place) for name, place in places.items()}
       archive, executor = _cluster(
           config, workdir, places, identity, decoder, longest, host, stack
       )
@@ -167,12 +166,6 @@ def _local(config, workdir, paths, identity, longest, host, stack):
   return archive, executor_lib.Local(config, loaded, box, sampler)
 
 
-def _absolute(place: str) -> str:
-  """A directory for processes that are elsewhere; a hub id as it is."""
-  path = pathlib.Path(place)
-  return str(path.absolute()) if path.is_dir() else place
-
-
 def _cluster(config, workdir, places, identity, decoder, longest, host, stack):
   """The archive, and the workers of a Ray cluster as its executor."""
   for flag, value in (
@@ -183,37 +176,45 @@ def _cluster(config, workdir, places, identity, decoder, longest, host, stack):
       raise errors.UserError(
           f"--{flag} is for one process: give --config.executor=local"
       )
+  # What surrounds a program on each host stands in its worker's incident.
+  archive = _archive(config, workdir, identity, {}, host, stack)
+  if archive.is_done(records.LOOP, 0, LAST_STAGE):
+    return archive, None
   if config.ray.address == "local":
     access.guard_local()
   # Ray is an extra, and reads the environment when it is imported.
   from selfdev_jax.executors import cluster as cluster_lib
 
-  engines, is_over = [], False
-  # There may be none yet, or, after a kill, one without tables.
-  with (
-      contextlib.suppress(store_lib.StoreError),
-      store_lib.Store.read(workdir) as archive,
-  ):
-    engines = archive.engines()
-    is_over = archive.is_done(records.LOOP, 0, LAST_STAGE)
-  if is_over:
-    return _archive(config, workdir, identity, {}, host, stack), None
+  kind = _kind(config, host, archive.engines())
+  python = host.vllm_python
+  if kind == "vllm":
+    python = str(sampling.find_python(python).absolute())
+  files = {
+      name: _absolute(value)
+      for name in ("train_file", "test_file")
+      if (value := getattr(config.evaluate, name)) is not None
+  }
   setup = work_lib.Setup(
-      config=config,
-      models=places,
+      config=dataclasses.replace(
+          config, evaluate=dataclasses.replace(config.evaluate, **files)
+      ),
+      models={name: _absolute(place) for name, place in places.items()},
       digests={name: identity[f"model {name}"] for name in places},
-      kind=_kind(config, host, engines),
+      items=identity["items"],
+      kind=kind,
       longest=longest,
-      vllm_python=host.vllm_python,
+      vllm_python=python,
       allow_weak_sandbox=host.allow_weak_sandbox,
       workdir=str(pathlib.Path(workdir).absolute()),
       decoder=decoder,
   )
-  executor = stack.enter_context(cluster_lib.Cluster(setup))
-  return (
-      _archive(config, workdir, identity, executor.layers, host, stack),
-      executor,
-  )
+  return archive, stack.enter_context(cluster_lib.Cluster(setup))
+
+
+def _absolute(place: str) -> str:
+  """A path for processes that are elsewhere; a hub id as it is."""
+  path = pathlib.Path(place)
+  return str(path.absolute()) if path.exists() else place
 
 
 def _archive(config, workdir, identity, layers, host, stack) -> store_lib.Store:
@@ -452,8 +453,10 @@ class _Run:
         progress.bar(f"{where}{what}", total, unit) as bar,
         jax.profiler.TraceAnnotation(f"{where}{stage}"),
     ):
-      yield _Counters((bar.update, self._archive.advance, self._beat))
-      self._keep_incidents()
+      try:
+        yield _Counters((bar.update, self._archive.advance, self._beat))
+      finally:  # What ended it is among them.
+        self._keep_incidents()
     self._board.update()
     self._push()
 
@@ -689,16 +692,14 @@ class _Run:
     """Asks who is next until nobody is."""
     missing = race.missing
 
-    @functools.lru_cache(maxsize=1 << 10)  # Of those ahead, whoever looks.
     def work(i, first, before):
-      name = names[i]
       # Whoever has answered, or was chosen for its answers, was merged.
       is_known = bool(first) or split == records.TEST
-      program = self._archive.program_of(name)
-      return work_lib.Answer(name, program, split, first, before, is_known)
+      return work_lib.Answer(names[i], split, first, before, is_known)
 
     upcoming = lambda: itertools.starmap(work, race.ahead())
-    with contextlib.closing(self._executor.answer(upcoming)) as answers:
+    answering = self._executor.answer(upcoming, self._archive.program_of)
+    with contextlib.closing(answering) as answers:
       for answered in answers:
         i, first, before = race.turn()
         self._keep_answers(names[i], split, before - first, answered)
@@ -875,9 +876,12 @@ class _Run:
           ],
           label=f"Iteration {t}, loop: DPO",
       )
-      adapter, metrics = self._executor.train(
-          training, functools.partial(self._keep_step, t)
-      )
+      try:
+        adapter, metrics = self._executor.train(
+            training, functools.partial(self._keep_step, t)
+        )
+      finally:
+        self._keep_incidents()
       convert.save_adapter(
           self._factory_path(t + 1),
           adapter,
@@ -900,7 +904,6 @@ class _Run:
       )
       # The adapter stands; how its training went stays too.
       workdir_lib.discard_checkpoints(workdir)
-      self._keep_incidents()
     self._push()
 
   def _keep_step(self, t: int, step: int, metrics: dict[str, float]):

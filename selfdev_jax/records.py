@@ -164,10 +164,11 @@ class Incident:
   """What happened to a worker of a run over many hosts.
 
   No result depends on it: whoever has the work of a worker that is lost gives
-  the same answers.
+  the same answers. But what a host gave shortly before it was drained may be
+  wrong.
   """
 
-  kind: str  # "lost", "joined", "drained", "duplicated", ...
+  kind: str  # "started", "joined", "lost", "drained" or "duplicated".
   worker: str
   host: str
   detail: str

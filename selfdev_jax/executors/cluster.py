@@ -47,13 +47,14 @@ from selfdev_jax.executors import worker as worker_lib
 _DEPTH = 2  # Pieces that a worker has: what it does, and what comes next.
 _WINDOW = 2 * _DEPTH  # Pieces that are looked ahead, a worker.
 _ADMITTED = 16  # Sources in a piece.
+_SLACK_S = 600.0  # For answers, beside what has a limit of its own.
 _TICK_S = 0.5  # Clocks are looked at so often.
 _GROW_S = 5.0  # Hosts that have come are looked for so often.
 _ANSWER_S = 5.0  # A cluster's head has to take a connection.
 _TRAININGS = 10  # Times that a training is taken up after a host was lost.
 _ATTEMPTS = 2  # Workers on which a merge fails before that is believed.
-_CLOSE_S = 5.0  # Workers have so long to end what they have started.
-_LOSSES = 10  # Workers lost on a host before it gets no more.
+_CLOSE_S = 15.0  # Workers have so long to end what they have started.
+_LOSSES = 5  # Workers lost on a host before it gets no more.
 # Nats, on average, between two hosts that compute the same in other orders.
 _CANARY_NATS = 0.05
 # A piece is late after so many times the usual one's seconds, and at least so
@@ -120,8 +121,15 @@ class Cluster:
     # (node, value) of what is done and was not asked for yet.
     self._results: dict[work_lib.Piece, tuple[str, Any]] = {}
     self._canary: np.ndarray | None = None
+    self._program_of: Callable[[str], str] = lambda _: ""
     self._versions = versions_lib.here(setup.vllm_python, setup.kind)
     self._grown = 0.0
+    config = setup.config
+    # Whatever a piece may wait for, and its worker with it.
+    self._hangs_s = _DEPTH * (
+        2 * config.merge.timeout_s + config.vllm.stall_timeout_s + _SLACK_S
+    )
+    self._needs: dict[str, float] = {}  # Resources of a worker.
     self._is_open = False
     self._first: work_lib.Hello | None = None
     self._alone: float | None = None  # Since when there is no worker.
@@ -173,7 +181,8 @@ class Cluster:
       raise errors.UserError(
           f"--config.ray.address={address}: {_line(error)}; `ray start --head"
           " --port=6379` starts a cluster's head, `ray start"
-          " --address=HOST:6379` lets a host join it"
+          " --address=HOST:6379` lets a host join it; with RAY_AUTH_MODE=token"
+          " all need the same token"
       ) from None
 
   def _nodes(self) -> list[dict[str, Any]]:
@@ -183,24 +192,20 @@ class Cluster:
         if node["Alive"] and node["NodeID"] not in self._drained
     ]
 
-  def _needs(self) -> dict[str, float]:
-    """Resources of a worker."""
-    needs = {"CPU": self._options.worker_cpus}
-    if any(node["Resources"].get("GPU") for node in self._nodes()):
-      needs["GPU"] = self._setup.config.vllm.tensor_parallel
-    return needs
+  def _settle_needs(self):
+    """Settles what a worker takes, for the whole run: GPUs if there are any.
 
-  def _room(self, node, needs) -> int:
-    """How many workers a node has room for, those that it has among them."""
-    return min(
-        int(node["Resources"].get(name, 0.0) / wanted + 1e-6)
-        for name, wanted in needs.items()
-    )
+    Otherwise the run would go on, with other last bits, on what has none.
 
-  def _check_room(self):
-    """Refuses a cluster that is too small, before anything is begun."""
-    needs, nodes = self._needs(), self._nodes()
-    room = sum(self._room(node, needs) for node in nodes)
+    Raises:
+      UserError: if the cluster is too small, before anything is begun.
+    """
+    needs, nodes = {"CPU": self._options.worker_cpus}, self._nodes()
+    shared = self._setup.config.vllm.tensor_parallel
+    if shared > 1 or any(node["Resources"].get("GPU") for node in nodes):
+      needs["GPU"] = shared
+    self._needs = needs
+    room = sum(map(self._room, nodes))
     wanted = self._options.workers
     if room >= (wanted or 1):
       return
@@ -218,22 +223,38 @@ class Cluster:
         " hosts join"
     )
 
+  def _room(self, node) -> int:
+    """How many workers a node has room for, those that it has among them."""
+    return min(
+        int(node["Resources"].get(name, 0.0) / wanted + 1e-6)
+        for name, wanted in self._needs.items()
+    )
+
   def _grow(self):
     """Starts workers where there is room, on hosts that came later too."""
     self._grown = time.monotonic()
     alive = {node["NodeID"] for node in self._nodes()}
     for worker in list(self._workers.values()):
+      if worker.name not in self._workers:
+        continue  # It went with another of its host.
+      since = self._schedule.oldest(worker.name)
       if worker.node not in alive:
         self._lose(worker, "its host is gone")
-    needs = self._needs()
+      elif since is not None and self._grown - since > self._hangs_s:
+        self._lose(worker, f"it gave no answer for {self._hangs_s:.0f} s")
     there = collections.Counter(w.node for w in self._workers.values())
     for node in self._nodes():
-      for _ in range(self._room(node, needs) - there[node["NodeID"]]):
+      for _ in range(self._room(node) - there[node["NodeID"]]):
         if len(self._workers) >= (self._options.workers or float("inf")):
           return
-        self._start(node, needs)
+        self._start(node)
 
-  def _start(self, node, needs):
+  def _start(self, node):
+    needs, setup = self._needs, self._setup
+    # Programs are traced under a clock: not more at once than there are cores.
+    cores = node["Resources"].get("CPU", 1.0)
+    lanes = max(1, int(cores // max(self._room(node), 1)))
+    setup = dataclasses.replace(setup, lanes=lanes)
     host = node["NodeManagerAddress"]
     name = f"worker-{next(self._numbers)}"
     # The host is settled here: what it has room for is counted by host.
@@ -248,7 +269,7 @@ class Cluster:
         # Its work goes to the others at once instead.
         max_restarts=0,
         max_task_retries=0,
-    ).remote(self._setup)
+    ).remote(setup)
     self._workers[name] = _Worker(name, node["NodeID"], host, group, handle)
     self._ask(name, "versions", handle.versions.remote())
 
@@ -260,7 +281,7 @@ class Cluster:
 
   def _open(self):
     """Starts the first workers and waits for all of them."""
-    self._check_room()
+    self._settle_needs()
     path = self._setup.seen
     path.touch()
     self._stack.callback(path.unlink, missing_ok=True)
@@ -286,27 +307,25 @@ class Cluster:
       waiting.tell(f"{len(self._ready())} of {len(self._workers)} ready")
     self._agree()
     self._is_open = True
-    self._first = next(iter(self._ready())).hello
     self.engine = self._first.engine
     progress.note(
         f"{len(self._ready())} workers on"
         f" {len({w.node for w in self._ready()})} hosts, {self.engine}"
     )
 
-  @property
-  def layers(self) -> dict[str, Any]:
-    """What surrounds a program, by host."""
-    return {w.host: dict(w.hello.layers) for w in self._ready()}
-
   def _ready(self) -> list[_Worker]:
     return [w for w in self._workers.values() if w.hello is not None]
 
   def _end_workers(self):
+    self._end_all(list(self._workers.values()))
+
+  def _end_all(self, workers: Sequence[_Worker]):
+    """Ends workers, and first what they have started: it has memory."""
     with contextlib.suppress(ray.exceptions.RayError):
-      refs = [worker.handle.close.remote() for worker in self._ready()]
+      refs = [w.handle.close.remote() for w in workers if w.hello is not None]
       if refs:
         ray.wait(refs, num_returns=len(refs), timeout=_CLOSE_S)
-    for worker in list(self._workers.values()):
+    for worker in workers:
       self._end(worker)
 
   def _end(self, worker: _Worker):
@@ -333,11 +352,19 @@ class Cluster:
       value = future.result()
     except ray.exceptions.RayTaskError as error:
       if not self._is_open:
-        raise
+        raise errors.UserError(
+            f"host {worker.host} failed: {_line(error.cause)}; mend it, or"
+            " take it out of the cluster"
+        ) from error
       self._drain(worker, _line(error.cause), error)
       return
     except ray.exceptions.RayError as error:
-      self._lose(worker, _line(error))
+      if not self._is_open and "creation task" in str(error):
+        raise errors.UserError(
+            f"host {worker.host} could not start a worker ({_tail(error)});"
+            " install the same selfdev_jax there"
+        ) from None
+      self._lose(worker, f"no answer ({type(error).__name__})")
       return
     if what == "versions":
       self._compare(worker, value)
@@ -381,7 +408,7 @@ class Cluster:
       if other.node == worker.node:
         self._end(other)
     self._tell("drained", worker, reason)
-    if not self._nodes():
+    if not any(map(self._room, self._nodes())):
       raise error or errors.UserError(
           f"no host is left: {worker.host} was taken out ({reason}); the same"
           " command resumes"
@@ -419,8 +446,8 @@ class Cluster:
           worker, f"it has {worker.hello.engine}, others {self._first.engine}"
       )
       return
-    self._schedule.join(worker.name)
-    self._tell("joined", worker, worker.hello.device)
+    self._join(worker)
+    progress.note(f"{worker.name} on {worker.host} joined")
 
   def _agree(self):
     """Settles what the canary is, by majority, and lets in who agrees."""
@@ -447,8 +474,27 @@ class Cluster:
     for worker in off:
       if worker.name in self._workers:
         self._drain(worker, "other log-probabilities than most others'")
+    self._first = ready[0].hello
     for worker in self._ready():
-      self._schedule.join(worker.name)
+      self._join(worker)
+    if not self._ready():
+      raise errors.UserError(
+          "no host is left: most workers are on one that computes other"
+          " log-probabilities than itself; take it out of the cluster"
+      )
+
+  def _join(self, worker: _Worker):
+    self._schedule.join(worker.name)
+    missing = [name for name, why in worker.hello.layers.items() if why]
+    without = f", no {', no '.join(missing)}" if missing else ""
+    self._incidents.append(
+        records.Incident(
+            "joined" if self._is_open else "started",
+            worker.name,
+            worker.host,
+            f"{worker.hello.device}, {worker.hello.engine}{without}",
+        )
+    )
 
   def _is_off(self, canary: np.ndarray) -> bool:
     off = np.abs(canary - self._canary).mean()
@@ -467,7 +513,7 @@ class Cluster:
       )
       return
     if reply.error:
-      self._drain(worker, reply.error)
+      self._lose(worker, reply.error)
       return
     if reply.is_stopped:
       self._schedule.take_back(worker.name, piece)
@@ -496,6 +542,13 @@ class Cluster:
     Raises:
       UserError: where what was merged before fails on several.
     """
+    if worker.name not in self._schedule.holders(piece):
+      return False  # Another has answered meanwhile.
+    if piece.kind == "admit":
+      codes = {getattr(verdict, "code", "") for verdict in reply.value}
+      self._attempts[piece] += 1
+      again = self._attempts[piece] < _ATTEMPTS and bool(codes & {*_OF_HOSTS})
+      return again and len(self._schedule.workers) > 1
     if piece.kind != "answer" or not reply.value.failure:
       return False
     work = piece.payload
@@ -514,20 +567,25 @@ class Cluster:
   ) -> Iterator[Any]:
     """The values of `upcoming()`'s first, one after the other, to its end."""
     self._durations.clear()
+    self._attempts.clear()
+    wanted = collections.deque()
     try:
       while True:
-        window = max(len(self._schedule.workers), 1) * _WINDOW
-        wanted = list(itertools.islice(upcoming(), window))
-        if not wanted:
+        first = next(upcoming(), None)
+        if first is None:
           return
-        self._stop(self._schedule.want(wanted))
-        self._results = {
-            p: self._results[p] for p in wanted if p in self._results
-        }
-        while wanted[0] not in self._results:
-          self._deal(wanted[0].kind)
+        window = max(len(self._schedule.workers), 1) * _WINDOW
+        # As expected, mostly: then it need not be looked through each time.
+        if len(wanted) <= window // 2 or wanted[0] != first:
+          wanted = collections.deque(itertools.islice(upcoming(), window))
+          self._stop(self._schedule.want(wanted))
+          self._results = {
+              p: self._results[p] for p in wanted if p in self._results
+          }
+        while first not in self._results:
+          self._deal(first.kind)
           self._look()
-        _, value = self._results.pop(wanted[0])
+        _, value = self._results.pop(wanted.popleft())
         yield value
     finally:
       self._stop(self._schedule.want([]))
@@ -588,6 +646,9 @@ class Cluster:
       )
 
   def _send(self, name: str, piece: work_lib.Piece):
+    if piece.kind == "answer":  # Read where it is sent: the window is long.
+      work = executor_lib.with_program(piece.payload, self._program_of)
+      piece = dataclasses.replace(piece, payload=work)
     ref = self._workers[name].handle.do.remote(piece)
     self._ask(name, "do", ref, piece)
 
@@ -641,10 +702,12 @@ class Cluster:
       yield from verdicts
 
   def answer(
-      self, upcoming: executor_lib.Upcoming
+      self,
+      upcoming: executor_lib.Upcoming,
+      program_of: Callable[[str], str],
   ) -> Iterator[work_lib.Answered]:
     """See `Executor.answer`."""
-    self._attempts.clear()
+    self._program_of = program_of
     items = evaluation.load_items(self._setup.config.evaluate)
     pieces = lambda: (
         work_lib.Piece(
@@ -689,11 +752,15 @@ class Cluster:
       nonlocal last
       if step > last:
         last = step
+        bar.update()
         on_step(step, metrics)
 
     for attempt in itertools.count(1):
       try:
-        trained = self._train_once(put, tell)
+        with progress.bar(
+            training.label, self._setup.config.dpo.steps, done=last
+        ) as bar:
+          trained = self._train_once(put, tell)
         self._grow()
         return trained
       except _LostError as error:
@@ -725,8 +792,9 @@ class Cluster:
                 ),
             ).remote(self._setup)
         )
-      coordinator = ray.get(
-          handles[0].address.remote(), timeout=self._options.start_timeout_s
+      coordinator, *_ = ray.get(
+          [handle.address.remote() for handle in handles],
+          timeout=self._options.start_timeout_s,
       )
       refs = [
           handle.train.remote(training, coordinator, len(handles), i)
@@ -735,9 +803,10 @@ class Cluster:
       return self._follow(handles[0], refs, on_step)
     except ray.exceptions.GetTimeoutError:
       raise errors.UserError(
-          f"{nodes[0]['NodeManagerAddress']} had no room for a training within"
-          f" ray.start_timeout_s, {self._options.start_timeout_s:g} s; see what"
-          " holds its GPUs. The same command resumes"
+          f"{', '.join(node['NodeManagerAddress'] for node in nodes)} had no"
+          " room for a training within ray.start_timeout_s,"
+          f" {self._options.start_timeout_s:g} s; see what holds their GPUs."
+          " The same command resumes"
       ) from None
     except ray.exceptions.RayError as error:
       # Where one is lost, the others fail too, and that is no bug of theirs.
@@ -755,21 +824,20 @@ class Cluster:
 
   def _training_nodes(self) -> list[dict[str, Any]]:
     """Hosts that train, those with most GPUs; their workers make room."""
+    # One mesh: all with as many GPUs, or all without.
+    gpus = lambda node: node["Resources"].get("GPU", 0)
+    nodes = self._nodes()
+    most = max(map(gpus, nodes), default=0)
     nodes = sorted(
-        self._nodes(),
-        key=lambda node: (
-            -node["Resources"].get("GPU", 0),
-            node["NodeManagerAddress"],
-        ),
+        (node for node in nodes if gpus(node) == most),
+        key=lambda node: node["NodeManagerAddress"],
     )[: self._options.train_hosts]
     if not nodes:
       raise errors.UserError(
           "no host is left to train on; the same command resumes"
       )
     taken = {n["NodeID"] for n in nodes if n["Resources"].get("GPU")}
-    for worker in list(self._workers.values()):
-      if worker.node in taken:
-        self._end(worker)
+    self._end_all([w for w in self._workers.values() if w.node in taken])
     return nodes
 
   def _follow(self, first, refs, on_step):
@@ -824,6 +892,11 @@ def _note_open(address: str):
         " it with RAY_AUTH_MODE=token on every host, or keep it in a network"
         " of its own"
     )
+
+
+def _tail(error: BaseException) -> str:
+  """The last words of an error: of a trace they say what it was."""
+  return " ".join(str(error).split())[-200:]
 
 
 def _line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+import dataclasses
 import pathlib
 from typing import Protocol
 
@@ -18,6 +19,14 @@ from selfdev_jax.executors import worker as worker_lib
 
 # Gives the work that is wanted by now, the next one first.
 Upcoming = Callable[[], Iterator[work_lib.Answer]]
+
+
+def with_program(
+    work: work_lib.Answer, program_of: Callable[[str], str]
+) -> work_lib.Answer:
+  """The work with its program, where that is not in it yet."""
+  program = work.program or program_of(work.model)
+  return dataclasses.replace(work, program=program)
 
 
 class Executor(Protocol):
@@ -49,11 +58,17 @@ class Executor(Protocol):
   ) -> Iterator[sandbox.Admitted | sandbox.Rejection]:
     """Verdicts, in the order of the sources."""
 
-  def answer(self, upcoming: Upcoming) -> Iterator[work_lib.Answered]:
+  def answer(
+      self, upcoming: Upcoming, program_of: Callable[[str], str]
+  ) -> Iterator[work_lib.Answered]:
     """Does the first of `upcoming()`, yields it, and asks again, to the end.
 
     What comes after the first is what would be asked next if nothing changed:
     it may be done ahead, and is dropped when it is not wanted any more.
+
+    Args:
+      upcoming: what is wanted by now, in its order.
+      program_of: the IR behind a model's name; empty for a baseline's.
 
     Raises:
       UserError: where a model that was merged before cannot be any more.
@@ -112,10 +127,12 @@ class Local:
     """See `Executor.admit`."""
     return self._box.admit_all(sources)
 
-  def answer(self, upcoming: Upcoming) -> Iterator[work_lib.Answered]:
+  def answer(
+      self, upcoming: Upcoming, program_of: Callable[[str], str]
+  ) -> Iterator[work_lib.Answered]:
     """See `Executor.answer`."""
     while (work := next(upcoming(), None)) is not None:
-      answered = self._worker.answer(work)
+      answered = self._worker.answer(with_program(work, program_of))
       if answered.failure and work.is_known:
         raise worker_lib.unrepeated(work.model, answered.failure)
       yield answered

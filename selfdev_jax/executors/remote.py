@@ -99,6 +99,8 @@ class Doer:
 
   def __init__(self, setup: work_lib.Setup):
     """Only keeps what it is told; `open` does the rest."""
+    # Merging and vLLM have processes of their own on the same device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     self._setup = setup
     self._stack = contextlib.ExitStack()
     self._loaded: worker_lib.Models | None = None
@@ -120,6 +122,7 @@ class Doer:
     config = setup.config
     _check_seen(setup)
     paths = _resolve(setup)
+    _check_items(setup)
     self._loaded = worker_lib.load(config, paths, self._stack)
     self._box = self._stack.enter_context(
         sandbox.Sandbox(
@@ -127,6 +130,7 @@ class Doer:
             self._loaded.merges.shapes,
             len(config.experts),
             setup.allow_weak_sandbox,
+            setup.lanes,
         )
     )
     log_dir = cache.directory() / "workers" / f"{setup.token}-{os.getpid()}"
@@ -253,6 +257,22 @@ def _check_seen(setup: work_lib.Setup):
     with contextlib.suppress(OSError):
       os.listdir(setup.workdir)
     time.sleep(0.2)
+
+
+def _check_items(setup: work_lib.Setup):
+  """Looks whether this host asks the same questions as the head.
+
+  Raises:
+    UserError: naming the host.
+  """
+  items = evaluation.load_items(setup.config.evaluate)
+  found = evaluation.digest(list(itertools.chain(*items.values())))
+  if found != setup.items:
+    raise errors.UserError(
+        f"host {socket.gethostname()} has other questions of"
+        f" {setup.config.evaluate.task} than the head; its data files, or its"
+        " copy of the hub's, are others: copy them anew"
+    )
 
 
 def _resolve(setup: work_lib.Setup) -> dict[str, pathlib.Path]:

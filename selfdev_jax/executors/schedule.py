@@ -53,7 +53,7 @@ class Schedule(Generic[W]):
   def oldest(self, worker: str) -> float | None:
     """Since when a worker has its first piece; None where it has none."""
     return min(
-        (self._since[worker, piece] for piece in self._queues[worker]),
+        (self._since[worker, piece] for piece in self._queues.get(worker, ())),
         default=None,
     )
 

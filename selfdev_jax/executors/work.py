@@ -41,19 +41,20 @@ class Answer:
 
   Attributes:
     model: its name, see `records.Score`.
-    program: IR (JSON text) of a generated program's model, else empty.
     split: whose items.
     first: the first item.
     before: the item before which it ends.
     is_known: it was merged before, so that a failure would be this host's.
+    program: IR (JSON text) of a generated program's model, which the executor
+      puts in where it is needed; else empty.
   """
 
   model: str
-  program: str
   split: str
   first: int
   before: int
   is_known: bool
+  program: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Setup:
     models: the config's names to directories that every host sees, or to
       `org/name[@revision]` on the hub.
     digests: of the models, as the head has them.
+    items: digest of all questions, likewise.
     kind: of the sampler.
     longest: positions that a prompt and what follows it need at most.
     vllm_python: the interpreter that has vLLM.
@@ -114,11 +116,13 @@ class Setup:
     workdir: of the run, on storage that every host sees.
     decoder: the seed model's shape, a `models.DecoderConfig`.
     token: names the file that the head has put there.
+    lanes: of the sandbox, see `sandbox.Sandbox`.
   """
 
   config: config_lib.Config
   models: Mapping[str, str]
   digests: Mapping[str, str]
+  items: str
   kind: str
   longest: int
   vllm_python: str | None
@@ -126,6 +130,7 @@ class Setup:
   workdir: str
   decoder: Any
   token: str = ""
+  lanes: int = 1
 
   @property
   def seen(self) -> pathlib.Path:

@@ -211,6 +211,7 @@ class Sandbox:
       shapes: Sequence[tuple[int, ...]],
       num_experts: int,
       allow_weak: bool = False,
+      lanes: int = _MAX_LANES,
   ):
     """Starts nothing yet: the first `admit` does.
 
@@ -219,6 +220,8 @@ class Sandbox:
       shapes: of the tensors that programs will be applied to, one layer's.
       num_experts: number of task vectors, at least 1.
       allow_weak: go on where neither seccomp nor bubblewrap is to be had.
+      lanes: programs that are looked at at once, at most; never more than there
+        are cores, as each has a clock.
     """
     self._limits = limits
     shapes = list(dict.fromkeys(tuple(map(int, s)) for s in shapes))
@@ -232,7 +235,7 @@ class Sandbox:
     self._bubblewrap: str | None = None  # Why not; empty: used.
     self._lanes = [
         _Lane(self._start_zygote, self._start_screener)
-        for _ in range(min(_MAX_LANES, len(os.sched_getaffinity(0))))
+        for _ in range(min(lanes, _MAX_LANES, len(os.sched_getaffinity(0))))
     ]
     self._free: queue.LifoQueue[_Lane] = queue.LifoQueue()
     for lane in reversed(self._lanes):

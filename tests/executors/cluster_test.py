@@ -90,6 +90,7 @@ def start(hosts, tmp_path):
           config=config,
           models={"seed": str(tmp_path / "seed")},
           digests={"seed": "0"},
+          items="",
           kind="jax",
           longest=16,
           vllm_python=None,
@@ -118,10 +119,16 @@ def log(tmp_path):
   return read
 
 
+def _none(model):
+  """The IR behind a baseline's name."""
+  del model
+  return ""
+
+
 def _work(model, first=0, script=(), before=None, is_known=False):
   program = json.dumps(list(script)) if script else ""
   before = first + 2 if before is None else before
-  return work_lib.Answer(model, program, records.DEV, first, before, is_known)
+  return work_lib.Answer(model, records.DEV, first, before, is_known, program)
 
 
 def _blocks(models):
@@ -140,7 +147,7 @@ def _texts(work):
 def _answers(executor, works, decide=lambda left, answered: left):
   """(model, first, texts or failure) in the order of the answers."""
   left, found = list(works), []
-  for answered in executor.answer(lambda: iter(list(left))):
+  for answered in executor.answer(lambda: iter(list(left)), _none):
     work = left.pop(0)
     said = [r.text for r in answered.responses] or answered.failure
     found.append((work.model, work.first, said))
@@ -153,7 +160,8 @@ def _expected(works):
 
 
 def _kinds(executor):
-  return collections.Counter(i.kind for i in executor.incidents())
+  kinds = (i.kind for i in executor.incidents())
+  return collections.Counter(kind for kind in kinds if kind != "started")
 
 
 def _changes_its_mind(left, answered):
@@ -171,7 +179,7 @@ def _changes_its_mind(left, answered):
 class _Here:
   """The same, in this process: what every cluster has to give."""
 
-  def answer(self, upcoming):
+  def answer(self, upcoming, program_of):
     items = evaluation.load_items(_CONFIG.evaluate)[records.DEV]
     while (work := next(upcoming(), None)) is not None:
       packed = [(t, t[-4:], False, False, "") for t in _texts(work)]
@@ -205,7 +213,7 @@ def test_values_and_order_do_not_depend_on_the_number_of_workers(
   sources = [f"program {i}" for i in range(70)]
   assert list(executor.admit(sources)) == [doubles.verdict(s) for s in sources]
   assert not list(executor.admit([]))
-  assert not list(executor.answer(lambda: iter(())))
+  assert not list(executor.answer(lambda: iter(()), _none))
   assert executor.engine == "stand-in 1"
   assert not _kinds(executor) - collections.Counter(duplicated=99)
 
@@ -323,7 +331,9 @@ def test_what_is_not_wanted_any_more_is_stopped(start, log):
 def test_a_stream_that_is_left_stops_its_work(start, log):
   executor = start(workers=1)
   works = [_work("m0"), _work("m1", script=[{"sleep": 60.0}])]
-  with contextlib.closing(executor.answer(lambda: iter(works))) as answers:
+  with contextlib.closing(
+      executor.answer(lambda: iter(works), _none)
+  ) as answers:
     next(answers)
   works = _blocks(1)
   begun = time.monotonic()
@@ -388,7 +398,7 @@ def test_no_host_is_left(start, tmp_path, monkeypatch):
   executor = start(workers=1, start_timeout_s=6.0)
   plan = {"versions": {"all": {"jax": "0.0.1"}}}
   (tmp_path / "plan.json").write_text(json.dumps(plan))
-  with pytest.raises(errors.UserError, match="no host is left") as caught:
+  with pytest.raises(errors.UserError, match="no (host|worker) is left") as caught:
     _answers(executor, [_work("m0", script=[{"dies": True}])])
   assert "0.0.1" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -415,7 +425,7 @@ def test_the_head_holds_a_bounded_part(start, log):
       yield work
 
   found = []
-  for answered in executor.answer(upcoming):
+  for answered in executor.answer(upcoming, _none):
     if not found:
       # The slow first kept the others from going on.
       begun = {what for *_, what in log("begin")}
@@ -429,7 +439,8 @@ def test_the_head_holds_a_bounded_part(start, log):
 def test_a_failed_merge_is_believed_when_two_say_so(
     start, log, monkeypatch, kind
 ):
-  monkeypatch.setattr(cluster_lib, "_LATE_S", 60.0)  # Nothing is given twice.
+  monkeypatch.setattr(cluster_lib, "_LATE_S", 60.0)  # Nothing is given twice,
+  monkeypatch.setattr(cluster_lib, "_DEPTH", 1)  # and nothing taken away.
   executor = start(workers=2)
   once = _work("m0", script=[{"failure": kind}])
   ever = _work("m1", script=[{"failure": kind, "times": 99}])
@@ -460,8 +471,8 @@ def test_a_host_whose_worker_has_an_error(start, log):
   works = _blocks(2)
   works[0] = _work("m0", script=[{"error": "vLLM has died"}])
   assert _answers(executor, works) == _expected(works)
-  drained = [i for i in executor.incidents() if i.kind == "drained"]
-  assert [i.detail for i in drained] == ["vLLM has died"]
+  (lost,) = [i for i in executor.incidents() if i.kind == "lost"]
+  assert lost.detail.startswith("vLLM has died; ")
 
 
 def test_workers_are_closed_at_the_end(start, log):

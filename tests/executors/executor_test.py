@@ -101,13 +101,19 @@ def _failing(monkeypatch, times):
 
 
 def _work(model, first=0, before=6, split=records.DEV, is_known=False):
-  return work_lib.Answer(model, "", split, first, before, is_known)
+  return work_lib.Answer(model, split, first, before, is_known)
+
+
+def _none(model):
+  """The IR behind a baseline's name."""
+  del model
+  return ""
 
 
 def _all(executor, works):
   """What comes of works, in their order."""
   works, found = list(works), []
-  for answered in executor.answer(lambda: iter(works)):
+  for answered in executor.answer(lambda: iter(works), _none):
     works.pop(0)
     found.append(answered)
   return found
@@ -166,7 +172,7 @@ def test_a_model_stays_over_its_blocks(loaded, merged):
 def test_what_is_next_is_asked_after_each(loaded, merged):
   seed = _work("seed", 0, 2)
   plans = iter([[seed, _work(_TIES)], [_work(_WEIGHTS)], []])
-  found = list(_local(loaded).answer(lambda: iter(next(plans))))
+  found = list(_local(loaded).answer(lambda: iter(next(plans)), _none))
   assert merged == ["seed", _WEIGHTS]
   assert [len(answered.responses) for answered in found] == [2, 6]
 
@@ -179,7 +185,7 @@ def test_a_failed_merge_is_a_result_and_leaves_nothing_in_the_sampler(
   program = verify.verify(
       traced, config_lib.Sandbox(), loaded.merges.shapes, 2
   ).program
-  broken = work_lib.Answer("program:x", program, records.DEV, 0, 6, False)
+  broken = work_lib.Answer("program:x", records.DEV, 0, 6, False, program)
   # It is merged into the buffers of the one before.
   found = _all(_local(loaded), [_work(_TIES), broken, _work(_TIES)])
   assert merged == [_TIES, "program:x", _TIES]

@@ -33,6 +33,7 @@ def _setup(directory, **changes):
       "config": _CONFIG,
       "models": {},
       "digests": {},
+      "items": "",
       "kind": "jax",
       "longest": 16,
       "vllm_python": None,

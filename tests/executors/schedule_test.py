@@ -124,9 +124,36 @@ def test_a_refused_piece_goes_to_another_then_to_any():
   schedule.deal(0.0)
   schedule.refuse("a", 0)
   assert schedule.deal(1.0) == [("b", 0)]
-  assert not schedule.duplicate(60.0, patience_s=5.0)  # a has refused.
   schedule.refuse("b", 0)
   assert schedule.deal(2.0) == [("a", 0)]
+
+
+def test_whoever_refused_tries_again_where_the_others_are_late():
+  schedule = _schedule("abc")
+  schedule.want([0, 10])
+  assert schedule.deal(0.0) == [("a", 0), ("b", 10)]
+  schedule.refuse("a", 0)
+  schedule.take_back("b", 10)
+  schedule.want([0])
+  assert schedule.deal(1.0) == [("b", 0)]
+  assert schedule.duplicate(60.0, patience_s=5.0) == [("c", 0)]
+  schedule.refuse("c", 0)
+  # Else it would wait for b alone.
+  assert schedule.duplicate(60.0, patience_s=5.0) == [("a", 0)]
+
+
+def test_what_is_in_vain_takes_a_place_until_it_is_left():
+  schedule = _schedule("a")
+  schedule.want([0, 1])
+  schedule.deal(0.0)
+  schedule.want([2, 3])
+  assert not schedule.deal(1.0)
+  assert schedule.oldest("a") == 0.0
+  schedule.take_back("a", 0)
+  assert schedule.deal(2.0) == [("a", 2)]
+  assert schedule.finish("a", 1) == (False, [])
+  assert schedule.deal(3.0) == [("a", 3)]
+  assert schedule.oldest("a") == 2.0
 
 
 def test_a_piece_refused_by_all_that_are_left_is_tried_again():
