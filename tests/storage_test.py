@@ -415,8 +415,8 @@ def test_one_process_of_a_machine(machine, url):
 @pytest.mark.parametrize(
     ("url", "line"),
     [
-        ("gs://bucket/run", r"installed: pip install selfdev-jax\[gcs\]$"),
-        ("s3://bucket/run", r"installed: pip install selfdev-jax\[s3\]$"),
+        ("gs://bucket/run", r"installed: pip install -e .\[gcs\]$"),
+        ("s3://bucket/run", r"installed: pip install -e .\[s3\]$"),
         ("nothing://x/y", "^nothing://x/y is no URL to work at .*gs:// and"),
     ],
 )

@@ -24,8 +24,10 @@ from selfdev_jax.plan.devices import Device
 from selfdev_jax.tiny import world
 
 # Pieces that one head process hands out and whose scores it stores, in a
-# second; `python -m launch.benchmark_executor` measures it.
-HEAD_PIECES_PER_S = 60.0
+# second: `python -m launch.benchmark_executor --seconds=0` gave 222 with 64
+# workers on two shared cores; less what dealing to 512 takes (BUILD_NOTES.md,
+# "Many hosts").
+HEAD_PIECES_PER_S = 170.0
 # Of the answers, what racing asks: measured on the demo's programs with batches
 # of 256 of 1,000 items; 47.1 % with batches of 100 (BUILD_NOTES.md,
 # "Evaluation").

@@ -116,6 +116,8 @@ def _sampler(config: config_lib.Config, host: loop.Host) -> str:
 
 def _gpus(config: config_lib.Config) -> int:
   """Devices that the run holds from its beginning to its end."""
+  if config.executor == "ray":  # Times are one worker's.
+    return config.vllm.tensor_parallel
   meshes = config.dpo.fsdp * config.dpo.tensor
   return max(meshes, config.vllm.tensor_parallel)
 
@@ -196,6 +198,11 @@ def _sums(config, model, estimate) -> list[str]:
     total += (
         ", without what racing spares: it asks about half of the answers"
         " (BUILD_NOTES.md), and merges again what it comes back to"
+    )
+  if config.executor == "ray":
+    total += (
+        "; by one worker. What many would take, `python -m launch.project"
+        " --config=FILE --gpus=8,64` says"
     )
   share = estimate_lib.new_programs(config) / config.propose.samples
   assumed = (

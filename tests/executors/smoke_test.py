@@ -6,10 +6,12 @@ import os
 import pathlib
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -20,7 +22,7 @@ from selfdev_jax import store as store_lib
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
-_HEAD = "127.0.0.2"
+_HEAD = "127.0.1.2"  # Other tests have clusters on 127.0.0.
 _START_S = 120.0
 _TRAINING = ("--config.dpo.steps=60", "--config.dpo.save_every=5")
 
@@ -39,8 +41,13 @@ class _Hosts:
     self._temporary = temporary
     self._nodes: dict[str, subprocess.Popen] = {}
     self._last = 2
-    self.address = f"{_HEAD}:{_free_port()}"
-    self._start(_HEAD, "--head", f"--port={self.address.split(':')[1]}")
+    port = _free_port()
+    self.address = f"{_HEAD}:{port}"
+    # Short: paths of Unix sockets have at most 107 characters.
+    self._directory = tempfile.mkdtemp(prefix="ray_")
+    self._start(
+        _HEAD, "--head", f"--port={port}", f"--temp-dir={self._directory}"
+    )
 
   def _start(self, host, *arguments):
     command = [pathlib.Path(sys.executable).with_name("ray"), "start"]
@@ -62,7 +69,7 @@ class _Hosts:
 
   def join(self) -> str:
     self._last += 1
-    host = f"127.0.0.{self._last}"
+    host = f"127.0.1.{self._last}"
     self._start(host, f"--address={self.address}")
     return host
 
@@ -96,6 +103,7 @@ class _Hosts:
   def close(self):
     for host in list(self._nodes):
       self.kill(host)
+    shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def _family(pid: int) -> list[int]:

@@ -119,6 +119,7 @@ def test_scope_mlp_leaves_the_rest_the_bases():
 
 
 def test_a_hundred_merges_compile_each_leaf_kind_once():
+  engine.kernel.cache_clear()  # Of other tests' merges.
   compiled = []
   event = "/jax/core/compile/backend_compile_duration"
   jax.monitoring.register_event_duration_secs_listener(
