@@ -870,7 +870,7 @@ class _Run:
           pairs=[dataclasses.asdict(pair) for pair in pairs],
           adapter=jax.tree.map(np.asarray, adapter),
           key=np.asarray(jax.random.key_data(self._key(t, "dpo"))),
-          workdir=str(workdir),
+          workdir=str(workdir.absolute()),  # Others are elsewhere.
           weights=self._archive.meta("identity")[
               f"model {self._config.seed_model}"
           ],

@@ -233,6 +233,7 @@ class Cluster:
   def _grow(self):
     """Starts workers where there is room, on hosts that came later too."""
     self._grown = time.monotonic()
+    self._take_all()  # Who has answered meanwhile does not hang.
     alive = {node["NodeID"] for node in self._nodes()}
     for worker in list(self._workers.values()):
       if worker.name not in self._workers:
@@ -341,6 +342,10 @@ class Cluster:
     """Takes what has come, or waits a moment for something."""
     with contextlib.suppress(queue.Empty):
       self._take(*self._events.get(timeout=_TICK_S))
+    self._take_all()
+
+  def _take_all(self):
+    with contextlib.suppress(queue.Empty):
       while True:
         self._take(*self._events.get_nowait())
 
@@ -380,7 +385,9 @@ class Cluster:
     self._tell("lost", worker, f"{reason}; {len(lost)} pieces go on elsewhere")
     self._losses[worker.node] += 1
     if self._losses[worker.node] >= _LOSSES:
-      self._drain(worker, f"{_LOSSES} of its workers were lost")
+      self._drain(
+          worker, f"{_LOSSES} of its workers were lost, the last: {reason}"
+      )
 
   def _tell(self, kind: str, worker: _Worker, detail: str):
     self._incidents.append(
@@ -524,6 +531,7 @@ class Cluster:
     self._durations.append(reply.seconds)
     longest = self._longest.get(piece.kind, 0.0)
     self._longest[piece.kind] = max(longest, reply.seconds)
+    self._losses[worker.node] = 0  # It works.
     counts, vain = self._schedule.finish(worker.name, piece)
     self._stop(vain)
     if counts:
@@ -542,8 +550,8 @@ class Cluster:
     Raises:
       UserError: where what was merged before fails on several.
     """
-    if worker.name not in self._schedule.holders(piece):
-      return False  # Another has answered meanwhile.
+    if not self._schedule.is_open(piece):
+      return False  # Nobody asks any more, or another has answered.
     if piece.kind == "admit":
       codes = {getattr(verdict, "code", "") for verdict in reply.value}
       self._attempts[piece] += 1
@@ -751,8 +759,8 @@ class Cluster:
       """What is computed again was told before."""
       nonlocal last
       if step > last:
+        bar.update(step - last)
         last = step
-        bar.update()
         on_step(step, metrics)
 
     for attempt in itertools.count(1):

@@ -50,6 +50,10 @@ class Schedule(Generic[W]):
         if queue.get(piece) is False
     ]
 
+  def is_open(self, piece: W) -> bool:
+    """Whether it is wanted and not done."""
+    return piece in self._wanted and piece not in self._done
+
   def oldest(self, worker: str) -> float | None:
     """Since when a worker has its first piece; None where it has none."""
     return min(

@@ -142,6 +142,19 @@ def test_whoever_refused_tries_again_where_the_others_are_late():
   assert schedule.duplicate(60.0, patience_s=5.0) == [("a", 0)]
 
 
+def test_a_piece_is_open_whoever_has_it_until_it_is_done():
+  schedule = _schedule("ab")
+  schedule.want([0])
+  schedule.deal(0.0)
+  schedule.want([])
+  assert not schedule.is_open(0)
+  # Wanted again: what a says of it counts, though it has it in vain.
+  schedule.want([0])
+  assert schedule.is_open(0) and not schedule.holders(0)
+  assert schedule.finish("a", 0) == (True, [])
+  assert not schedule.is_open(0)
+
+
 def test_what_is_in_vain_takes_a_place_until_it_is_left():
   schedule = _schedule("a")
   schedule.want([0, 1])
