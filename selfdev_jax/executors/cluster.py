@@ -297,13 +297,14 @@ class Cluster:
               " resources are held by"
           )
         break
-      if not self._workers:
+      if not any(map(self._room, self._nodes())):
         reasons = dict.fromkeys(i.detail for i in self._incidents)
         raise errors.UserError(
             f"no worker could be started: {'; '.join(reasons)}"
         )
       if time.monotonic() - self._grown > _GROW_S:
-        self._grow()  # A host may be gone before its worker is there.
+        # A host may be gone before its worker is there, and still be named.
+        self._grow()
       self._look()
       waiting.tell(f"{len(self._ready())} of {len(self._workers)} ready")
     self._agree()

@@ -397,7 +397,7 @@ def test_a_host_that_joins_gets_work(hosts, start, log, monkeypatch):
 
 def test_no_host_is_left(start, tmp_path, monkeypatch):
   monkeypatch.setattr(cluster_lib, "_GROW_S", 0.3)
-  executor = start(workers=1, start_timeout_s=6.0)
+  executor = start(workers=1, start_timeout_s=30.0)
   plan = {"versions": {"all": {"jax": "0.0.1"}}}
   (tmp_path / "plan.json").write_text(json.dumps(plan))
   with pytest.raises(errors.UserError, match=r"no \w+ is left") as caught:
