@@ -456,15 +456,30 @@ class _Remote:
     os.utime(partial, ns=(file.mtime_ns, file.mtime_ns))
     partial.replace(path)
 
+  def damaged(self, name: object) -> errors.UserError:
+    """For a file that cannot be downloaded."""
+    return errors.UserError(
+        f"{self.url} is damaged: {name} is not there, or is not what"
+        f" {_MANIFEST} says"
+    )
+
+  def _found(self) -> list[str]:
+    self._fs.invalidate_cache()
+    top = f"{self._root}/{_FILES}/"
+    return [path for path in self._fs.find(top) if path.startswith(top)]
+
+  def gone(self, files: Mapping[str, _File]) -> set[str]:
+    """The names of those that are not there."""
+    with self._reaching("read"):
+      found = set(self._found())
+    return {n for n, file in files.items() if self._path(n, file) not in found}
+
   def clean(self, manifest: _Manifest):
     """Removes the files that it does not name, also those of killed pushes."""
     kept = {self._path(name, file) for name, file in manifest.files.items()}
     with self._reaching("written"):
-      self._fs.invalidate_cache()
-      top = f"{self._root}/{_FILES}/"
-      found = [p for p in self._fs.find(top) if p.startswith(top)]
       # Nothing but what a push has written.
-      doomed = [p for p in found if p not in kept and _OURS.search(p)]
+      doomed = [p for p in self._found() if p not in kept and _OURS.search(p)]
       if doomed:
         self._fs.rm(doomed)
 
@@ -499,10 +514,7 @@ class _Copy:
         self._bring(manifest)
       except FileNotFoundError as error:
         if last:
-          raise errors.UserError(
-              f"{self._remote.url} is damaged: {error} is not there, or is not"
-              f" what {_MANIFEST} says"
-          ) from None
+          raise self._remote.damaged(error) from None
         continue  # It was pushed meanwhile.
       self.manifest = manifest
       return
@@ -557,8 +569,9 @@ class _Mirror:
     self._last: _Manifest | None = None
 
   def open(self):
-    """Gets what is newer there, and takes the workdir over."""
-    there, url = self._remote.read(), self._remote.url
+    """Takes the workdir over, then gets what is newer there."""
+    url = self._remote.url
+    there, claim = self._claim()
     # A push that was killed has written its manifest, or not.
     known = [self._kept(name) for name in ("pushed.json", "pushing.json")]
     same = [
@@ -572,29 +585,86 @@ class _Mirror:
         and (has_archive or _ARCHIVE not in there.files)
     ):
       # Of its own manifest it knows the files' times.
-      self._last = same[0] if same else None
+      self._last = dataclasses.replace(
+          claim, files=same[0].files if same else {}
+      )
+      # What somebody removed here is not meant to go there.
+      self._download(
+          {
+              name: file
+              for name, file in self._last.files.items()
+              if not (self.local / name).exists()
+          },
+          self.local,
+      )
       state = "goes on from" if has_files else "begins in"
       progress.note(f"{url} {state} this machine's copy, {self.local}")
     else:
-      there = self._bring(there, known[0], has_files)
-    files = self._last.files if self._last else {}
-    self._write(files, 1 + (there.generation if there else 0))
+      self._last = claim
+      self._bring(there, known[0], has_files)
     self.local.mkdir(parents=True, exist_ok=True)
+    self._pushing(self._last).replace(self._home / "pushed.json")
+    self._check()
+
+  def _claim(self) -> tuple[_Manifest | None, _Manifest]:
+    """Has what stands at the URL written by this session.
+
+    Before anything is fetched: the run that had it stops at its next push, and
+    removes no file that is still to be fetched.
+
+    Returns:
+      (what was there, the same as it is there now).
+
+    Raises:
+      UserError: if others write there all the time.
+    """
+    for _ in range(_TRIES):
+      there = self._remote.read()
+      if there is None:
+        self._leave()
+      claim = self._manifest(
+          there.files if there else {}, 1 + (there.generation if there else 0)
+      )
+      self._remote.write(claim)
+      # A push that had looked before this was written may have replaced it.
+      if self._is_ours(self._remote.read()):
+        return there, claim
+    self._check()
+    return there, claim
+
+  def _leave(self):
+    """Puts the mirror of a URL aside that was emptied since it was pushed."""
+    pushed = self._kept("pushed.json")
+    if pushed and pushed.files and any(self.local.glob("*")):
+      progress.note(
+          f"{self._remote.url} was emptied; what this machine had of it is in"
+          f" {self._put_aside()}"
+      )
+
+  def _put_aside(self) -> pathlib.Path:
+    path = self._home / f"aside-{time.time_ns()}"
+    self.local.rename(path)
+    return path
+
+  def _download(self, files: Mapping[str, _File], top: pathlib.Path):
+    try:
+      for name, file in files.items():
+        self._remote.download(name, file, top / name)
+    except FileNotFoundError as error:
+      self._check()  # Who has it now may have removed it.
+      raise self._remote.damaged(error) from None
 
   def _bring(self, there, pushed, has_files):
     """Replaces the mirror; work in it that was not pushed is put aside."""
     fetched = self._home / "fetched"
     shutil.rmtree(fetched, ignore_errors=True)
     fetched.mkdir()
-    copy = _Copy(self._remote, fetched, None)
-    copy.update()
-    self._last = there = copy.manifest or there
+    self._download(there.files, fetched)
     aside = ""
     if has_files and not self._is_pushed(pushed):
-      path = self._home / f"aside-{time.time_ns()}"
-      self.local.rename(path)
       aside = (
-          f"; what this machine had not pushed of an earlier state is in {path}"
+          "; what this machine had not pushed of an earlier state is in"
+          f" {self._put_aside()}"
       )
     shutil.rmtree(self.local, ignore_errors=True)
     fetched.rename(self.local)
@@ -602,13 +672,15 @@ class _Mirror:
         f"{self._remote.url} was fetched into {self.local}, as"
         f" {_pushed(there)}{aside}"
     )
-    return there
 
   def _is_pushed(self, pushed: _Manifest | None) -> bool:
     if pushed is None:
       return False
-    with self._state(pushed) as (files, _):
-      return {n: f.content for n, f in files.items()} == pushed.contents()
+    try:
+      with self._state(pushed) as (files, _):
+        return {n: f.content for n, f in files.items()} == pushed.contents()
+    except FileNotFoundError:
+      return False
 
   def _kept(self, name: str) -> _Manifest | None:
     try:
@@ -620,15 +692,17 @@ class _Mirror:
   def _state(
       self, before: _Manifest | None
   ) -> Iterator[tuple[dict[str, _File], Callable[[str], pathlib.Path]]]:
-    """(what the mirror holds, the path behind each name)."""
+    """(what the mirror holds, the path behind each name).
+
+    Raises:
+      FileNotFoundError: if files are removed meanwhile.
+    """
     known = before.files if before else {}
     # First what is listed, then the archive: it knows of no file that is not
     # among these, unless that was written since.
     found = {}
     for name, path in _paths(self.local):
-      # Orbax removes an old checkpoint when it likes.
-      with contextlib.suppress(FileNotFoundError):
-        found[name] = _look(path, known.get(name))
+      found[name] = _look(path, known.get(name))
     with _snapshot(self.local) as snapshot:
       if snapshot is not None:
         found[_ARCHIVE] = _look(snapshot, None)
@@ -653,21 +727,40 @@ class _Mirror:
     Raises:
       UserError: naming why.
     """
+    gone = None
+    for _ in range(_TRIES):
+      try:
+        self._push_once()
+        return
+      except FileNotFoundError as error:
+        gone = error.filename
+    raise _UnreachableError(
+        f"{self._remote.url} stays as it was: files are removed while they are"
+        f" pushed, such as {gone}"
+    )
+
+  def _push_once(self):
+    """Pushes all, or raises FileNotFoundError where a part of it is removed.
+
+    Orbax removes an old checkpoint when it likes, and half of one is none.
+    """
     self._check()
     before = self._last
     there = before.contents()
+    gone = self._remote.gone(before.files)
     with self._state(before) as (files, path_of):
       for name in sorted(files):
-        if there.get(name) != files[name].content:
-          with contextlib.suppress(FileNotFoundError):
-            files[name] = self._upload(name, path_of(name), files[name])
-            continue
-          del files[name]
+        if there.get(name) != files[name].content or name in gone:
+          files[name] = self._upload(name, path_of(name), files[name])
+      for name in files:
+        path_of(name).stat()
       if {n: f.content for n, f in files.items()} == there:
         return
       self._check()
       self._write(files, before.generation + 1)
-    self._remote.clean(self._last)
+    # Whoever has taken it over meanwhile may need what was there before.
+    if self._is_ours(self._remote.read()):
+      self._remote.clean(self._last)
 
   def _upload(self, name, path, file) -> _File:
     """Returns what was uploaded, which may have changed since it was listed."""
@@ -682,19 +775,29 @@ class _Mirror:
   def _check(self):
     """Raises UserError if somebody else has written there."""
     there = self._remote.read()
-    if there is None or there.writer != self._writer:
+    if not self._is_ours(there):
       who = f"{_pushed(there)} too" if there else "it was removed"
       raise _TakenError(
           f"{self._remote.url} is no longer this run's: {who}. What this one"
           f" has is in {self.local}; let one run alone write there"
       )
 
-  def _write(self, files: Mapping[str, _File], generation: int):
-    manifest = _Manifest(
+  def _is_ours(self, there: _Manifest | None) -> bool:
+    return there is not None and there.writer == self._writer
+
+  def _manifest(self, files: Mapping[str, _File], generation: int) -> _Manifest:
+    return _Manifest(
         generation, self._writer, socket.gethostname(), time.time(), files
     )
-    pushing = self._home / "pushing.json"
-    pushing.write_bytes(manifest.dumps())
+
+  def _pushing(self, manifest: _Manifest) -> pathlib.Path:
+    path = self._home / "pushing.json"
+    path.write_bytes(manifest.dumps())
+    return path
+
+  def _write(self, files: Mapping[str, _File], generation: int):
+    manifest = self._manifest(files, generation)
+    pushing = self._pushing(manifest)
     self._remote.write(manifest)
     pushing.replace(self._home / "pushed.json")
     self._last = manifest

@@ -1,9 +1,11 @@
 """Workdirs at URLs: what is pushed, what a kill leaves, who may write."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -159,6 +161,50 @@ def test_a_copy_that_was_removed_is_fetched(machine, url):
     assert _rows(workdir) == [1] and (workdir / "best/config.json").is_file()
 
 
+def test_a_part_of_a_copy_that_was_removed_is_fetched(machine, url):
+  """It is not removed at the URL; what was not pushed stays."""
+  with storage.open_workdir(url) as (workdir, _):
+    _add(workdir, 1).close()
+    _write(workdir, "dpo/1/metrics.jsonl", "{}")
+    _write(workdir, "best/config.json", "{}")
+  _add(workdir, 2).close()  # And killed.
+  (workdir / "best/config.json").unlink()
+  for name in ("one", "two"):
+    machine(name)
+    with storage.open_workdir(url) as (workdir, _):
+      assert set(_tree(workdir)) == {"dpo/1/metrics.jsonl", "best/config.json"}
+      assert _rows(workdir) == [1, 2]
+
+
+def test_a_url_that_was_emptied_stays_so(machine, tmp_path, capsys):
+  url = (tmp_path / "bucket").as_uri()
+  with storage.open_workdir(url) as (workdir, _):
+    _add(workdir, 1).close()
+  shutil.rmtree(tmp_path / "bucket")
+  capsys.readouterr()
+  with storage.open_workdir(url) as (workdir, _):
+    assert not list(workdir.iterdir())
+  (aside,) = workdir.parent.glob("aside-*")
+  assert _rows(aside) == [1]
+  assert f"{url} was emptied; what this machine had of it is in {aside}" in (
+      capsys.readouterr().err
+  )
+  assert _objects(url) == ["MANIFEST.json"]
+
+
+def test_what_was_lost_there_is_pushed_again(machine, url):
+  with storage.open_workdir(url) as (workdir, push):
+    _write(workdir, "a", "x")
+    push()
+    fs, root = fsspec.core.url_to_fs(url)
+    (path,) = fs.find(f"{root}/files")
+    fs.rm(path)
+    push()
+    assert [f"{root}/{name}" for name in _objects(url) if "/a." in name] == [
+        path
+    ]
+
+
 def test_only_what_changed_is_written(machine, url, monkeypatch):
   uploaded = []
   upload = storage._Remote.upload
@@ -236,6 +282,88 @@ def test_a_reader_needs_no_run(machine, url):
   assert _objects(url) == []
 
 
+# Files that Orbax removes during a push.
+
+
+def _checkpoints(workdir, *steps):
+  """These are there, and no others."""
+  top = workdir / "dpo/1/checkpoints"
+  for step in steps:
+    for name in "abz":
+      _write(top / str(step), name, f"{step}{name}")
+  for path in top.iterdir():
+    if path.name not in map(str, steps):
+      shutil.rmtree(path)
+
+
+def _pushed(url):
+  with storage.fetch(url, what=["dpo"]) as copy:
+    return {f"{pathlib.Path(x).parent.name}{x[-1]}" for x in _tree(copy)}
+
+
+@pytest.mark.parametrize("at", ["50/a", "100/b", "100/z"])
+def test_a_checkpoint_is_pushed_whole(machine, url, monkeypatch, at):
+  """Where it is removed in the middle, those that are there now are."""
+  upload = storage._Remote.upload
+
+  def replacing(self, name, path, file):
+    found = upload(self, name, path, file)
+    if name.endswith(at):
+      _checkpoints(workdir, 150, 200)
+    return found
+
+  monkeypatch.setattr(storage._Remote, "upload", replacing)
+  with storage.open_workdir(url) as (workdir, push):
+    _checkpoints(workdir, 50, 100)
+    push()
+    assert _pushed(url) == {f"{s}{x}" for s in (150, 200) for x in "abz"}
+
+
+def test_half_of_a_known_checkpoint_is_not_kept(machine, url, monkeypatch):
+  """What is left of it when files are listed is gone when they are pushed."""
+  upload = storage._Remote.upload
+
+  def removing(*args):
+    _checkpoints(workdir, 100)
+    return upload(*args)
+
+  with storage.open_workdir(url) as (workdir, push):
+    _checkpoints(workdir, 50, 100)
+    push()
+    (workdir / "dpo/1/checkpoints/50/a").unlink()
+    _write(workdir, "new", "x")
+    monkeypatch.setattr(storage._Remote, "upload", removing)
+    push()
+    assert _pushed(url) == {"100a", "100b", "100z"}
+
+
+def test_what_never_stays_is_not_pushed(machine, url, monkeypatch, capsys):
+  upload = storage._Remote.upload
+  step = 50
+
+  def replacing(self, name, path, file):
+    nonlocal step
+    found = upload(self, name, path, file)
+    if name.endswith("b"):
+      step += 50
+      _checkpoints(workdir, step)
+    return found
+
+  with storage.open_workdir(url) as (workdir, push):
+    _checkpoints(workdir, step)
+    push()
+    before = _pushed(url)
+    step = 100
+    _checkpoints(workdir, step)
+    with monkeypatch.context() as patched:
+      patched.setattr(storage._Remote, "upload", replacing)
+      push()
+    assert f"Note: {url} stays as it was: files" in capsys.readouterr().err
+    assert _pushed(url) == before == {"50a", "50b", "50z"}
+    push()
+    assert _pushed(url) == {f"{step}{x}" for x in "abz"}
+
+
 # Faults.
 
 
@@ -267,7 +395,7 @@ def faults(url, monkeypatch):
   return Faults
 
 
-@pytest.mark.parametrize("works", range(12))
+@pytest.mark.parametrize("works", range(14))
 def test_a_push_that_fails_leaves_the_state_before(
     machine, url, faults, capsys, works
 ):
@@ -296,10 +424,10 @@ def test_a_push_that_fails_leaves_the_state_before(
   with storage.open_workdir(url) as (copy, _):
     found = (_rows(copy), _tree(copy))
   assert found in (old, new)
-  # The first accesses ask who wrote last; eleven are enough for all of it.
+  # The first accesses ask who wrote last; thirteen are enough for all.
   if works < 3:
     assert is_lost and found == old
-  if works == 11:
+  if works == 13:
     assert not is_lost
   assert is_lost or found == new
 
@@ -384,6 +512,111 @@ def test_who_came_later_has_it(machine, url, capsys):
   (aside,) = first.parent.glob("aside-*")
   assert _rows(aside) == [1, 3]
   assert str(aside) in capsys.readouterr().err
+
+
+def _is_whole(url):
+  """All that the manifest names is there, as it says."""
+  remote = storage._Remote(url)
+  return not remote.gone(remote.read().files)
+
+
+def test_a_push_while_another_fetches(machine, url, monkeypatch):
+  """It is refused, and removes nothing that is fetched."""
+  download = storage._Remote.download
+  lines = []
+
+  def slow(*args):
+    if not lines:
+      _write(first, "dpo/ck", "100")
+      with pytest.raises(errors.UserError, match="no longer this") as error:
+        push()
+      lines.append(str(error.value))
+    download(*args)
+
+  with (
+      pytest.raises(errors.UserError, match="no longer this run's: two pushed"),
+      storage.open_workdir(url) as (first, push),
+  ):
+    _add(first, 1).close()
+    _write(first, "dpo/ck", "50")
+    push()
+    machine("two")
+    monkeypatch.setattr(storage._Remote, "download", slow)
+    with storage.open_workdir(url) as (second, _):
+      assert lines
+      assert _rows(second) == [1] and _tree(second) == {"dpo/ck": b"50"}
+  assert _is_whole(url)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_push_at_the_time_of_a_claim(machine, url, monkeypatch, when):
+  """Its last look came before; whose manifest is there then is whole."""
+  write = storage._Remote.write
+  opened = contextlib.ExitStack()
+
+  def at_once(self, manifest):
+    monkeypatch.setattr(storage._Remote, "write", write)
+    if when == "before":
+      write(self, manifest)
+    machine("two")
+
+    def claim(remote, claimed):
+      """The old run's push goes on after it."""
+      monkeypatch.setattr(storage._Remote, "write", write)
+      write(remote, claimed)
+      if when == "after":
+        write(self, manifest)
+
+    monkeypatch.setattr(storage._Remote, "write", claim)
+    found.append(opened.enter_context(storage.open_workdir(url))[0])
+
+  found = []
+  with (
+      opened,
+      pytest.raises(errors.UserError, match="no longer this run's: two pushed"),
+      storage.open_workdir(url) as (first, push),
+  ):
+    _add(first, 1).close()
+    _write(first, "dpo/ck", "50")
+    push()
+    _write(first, "dpo/ck", "100")
+    monkeypatch.setattr(storage._Remote, "write", at_once)
+    push()
+  assert _tree(found[0]) == {"dpo/ck": b"100"}
+  assert _is_whole(url)
+  machine("three")
+  with storage.open_workdir(url) as (third, _):
+    assert _rows(third) == [1] and _tree(third) == {"dpo/ck": b"100"}
+
+
+def test_a_claim_that_replaces_a_push(machine, url, monkeypatch):
+  """It had read the state before, of which nothing is removed then."""
+  read = storage._Remote.read
+  is_over = False
+
+  def stale(self):
+    """Another claims while this push is written."""
+    nonlocal is_over
+    found = read(self)
+    if not is_over and found.files["dpo/ck"].size == 3:
+      is_over = True
+      self.write(claim)
+      return claim
+    return found
+
+  with (
+      pytest.raises(errors.UserError, match="no longer this run's: two pushed"),
+      storage.open_workdir(url) as (first, push),
+  ):
+    _write(first, "dpo/ck", "50")
+    push()
+    claim = storage._Remote(url).read()
+    claim = dataclasses.replace(claim, writer="x", host="two")
+    _write(first, "dpo/ck", "100")
+    monkeypatch.setattr(storage._Remote, "read", stale)
+    push()
+    assert is_over
+  assert _is_whole(url)
 
 
 def test_opened_elsewhere_for_nothing(machine, url):

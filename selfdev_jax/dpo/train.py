@@ -83,7 +83,8 @@ def train(
       killed is taken up from there.
     weights: names the model's weights and its tokenizer, a digest.
     label: of the progress bar.
-    on_step: is told each step that is taken, from 1, and its metrics.
+    on_step: is told each step that is taken, from 1, and its metrics; where a
+      checkpoint is due, after it was begun, when the one before it is whole.
 
   Returns:
     (what was trained, as NumPy arrays, float32; metrics of each step under
@@ -255,8 +256,9 @@ def _steps(
       }
       history.append(metrics)
       kept.log(step + 1, metrics)
-      on_step(step + 1, metrics)
       if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        # Waits for the save before it, not for its own end.
         kept.save(step + 1, state)
+      on_step(step + 1, metrics)
       shown.update()
   return state
