@@ -153,9 +153,15 @@ def _pairs(workdir: pathlib.Path) -> list[records.Pair]:
 
 
 def _begun(workdir: pathlib.Path, process):
-  """Waits until the workers are there and the archive is."""
-  while not (workdir / store_lib.ARCHIVE).exists():
+  """Waits until the workers are there and the first of them work."""
+  while True:
     assert process.poll() is None, process.communicate()[1]
+    with (
+        contextlib.suppress(store_lib.StoreError),
+        store_lib.Store.read(workdir) as archive,
+    ):
+      if archive.activities():
+        return
     time.sleep(0.2)
 
 
