@@ -141,8 +141,7 @@ def _identity(config, paths) -> dict[str, str]:
   }
   prompt = programs.load_prompt(config.propose.prompt)
   identity["prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
-  items = evaluation.load_items(config.evaluate)
-  identity["items"] = evaluation.digest(list(itertools.chain(*items.values())))
+  identity["items"] = evaluation.digest_items(config.evaluate)
   return identity
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import itertools
 import re
 
 from selfdev_jax import config as config_lib
@@ -13,6 +14,7 @@ from selfdev_jax import sampling
 from selfdev_jax.evaluation import arithmetic
 from selfdev_jax.evaluation import gsm8k
 from selfdev_jax.evaluation import minerva
+from selfdev_jax.evaluation.task import digest
 from selfdev_jax.evaluation.task import Item
 from selfdev_jax.evaluation.task import Mark
 from selfdev_jax.evaluation.task import Task
@@ -73,6 +75,11 @@ def load_items(settings: config_lib.Evaluate) -> Mapping[str, list[Item]]:
       records.DEV: task.items(records.DEV, settings.dev_size),
       records.TEST: task.items(records.TEST, settings.test_size),
   }
+
+
+def digest_items(settings: config_lib.Evaluate) -> str:
+  """`digest` of all that is asked, the splits one after the other."""
+  return digest(list(itertools.chain(*load_items(settings).values())))
 
 
 def grade(

@@ -184,10 +184,6 @@ class Doer:
     with self._lock:
       self._stopped.add((kind, key))
 
-  @ray.method(concurrency_group="control")
-  def ping(self) -> None:
-    """Answers."""
-
   def close(self):
     """Ends the sampler, the merging process and the sandbox."""
     self._stack.close()
@@ -265,9 +261,7 @@ def _check_items(setup: work_lib.Setup):
   Raises:
     UserError: naming the host.
   """
-  items = evaluation.load_items(setup.config.evaluate)
-  found = evaluation.digest(list(itertools.chain(*items.values())))
-  if found != setup.items:
+  if evaluation.digest_items(setup.config.evaluate) != setup.items:
     raise errors.UserError(
         f"host {socket.gethostname()} has other questions of"
         f" {setup.config.evaluate.task} than the head; its data files, or its"

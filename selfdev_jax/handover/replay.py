@@ -79,8 +79,8 @@ def run(
       config = archive.config()
       wanted = _wanted(archive, model, split)
       items = evaluation.load_items(config.evaluate)
-      flat = [item for part in items.values() for item in part]
-      if evaluation.digest(flat) != archive.meta("identity")["items"]:
+      found = evaluation.digest_items(config.evaluate)
+      if found != archive.meta("identity")["items"]:
         raise errors.UserError(
             f"the items of {config.evaluate.task} are others than in the run"
             f" in {workdir}; its data files have changed"

@@ -114,10 +114,6 @@ class Doer(_Scripted):
     with self._lock:
       self._stopped.add((kind, key))
 
-  @ray.method(concurrency_group="control")
-  def ping(self) -> None:
-    pass
-
   def close(self):
     self._note("close", "")
 
