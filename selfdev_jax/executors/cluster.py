@@ -186,11 +186,13 @@ class Cluster:
       ) from None
 
   def _nodes(self) -> list[dict[str, Any]]:
-    return [
+    """The hosts that take part, by their addresses."""
+    nodes = [
         node
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in self._drained
     ]
+    return sorted(nodes, key=lambda node: node["NodeManagerAddress"])
 
   def _settle_needs(self):
     """Settles what a worker takes, for the whole run: GPUs if there are any.
@@ -300,7 +302,8 @@ class Cluster:
       if not any(map(self._room, self._nodes())):
         reasons = dict.fromkeys(i.detail for i in self._incidents)
         raise errors.UserError(
-            f"no worker could be started: {'; '.join(reasons)}"
+            "no worker could be started:"
+            f" {'; '.join(reasons) or 'the cluster has lost its hosts'}"
         )
       if time.monotonic() - self._grown > _GROW_S:
         # A host may be gone before its worker is there, and still be named.
@@ -837,10 +840,8 @@ class Cluster:
     gpus = lambda node: node["Resources"].get("GPU", 0)
     nodes = self._nodes()
     most = max(map(gpus, nodes), default=0)
-    nodes = sorted(
-        (node for node in nodes if gpus(node) == most),
-        key=lambda node: node["NodeManagerAddress"],
-    )[: self._options.train_hosts]
+    nodes = [node for node in nodes if gpus(node) == most]
+    nodes = nodes[: self._options.train_hosts]
     if not nodes:
       raise errors.UserError(
           "no host is left to train on; the same command resumes"
