@@ -278,6 +278,9 @@ class Ray:
       one host where the cluster has GPUs; None: as many as it has room for.
     worker_cpus: that a worker takes of its host; may be a fraction.
     train_hosts: hosts that train together, with all GPUs of each.
+    models: `path`: each host reads them where the config says, or has them from
+      the hub; `store`: the head reads them, and each host keeps a copy that
+      came through Ray's object store.
     start_timeout_s: until the first worker has to be ready.
   """
 
@@ -285,6 +288,7 @@ class Ray:
   workers: int | None = _between(None, 1)
   worker_cpus: float = _between(1.0, 0.001)
   train_hosts: int = _between(1, 1)
+  models: str = _one_of("path", "store")
   start_timeout_s: float = _between(600.0, 1.0)
 
 

@@ -15,6 +15,7 @@ from selfdev_jax.convert.files import Lazy
 from selfdev_jax.convert.files import Tensor
 from selfdev_jax.convert.hf import digest
 from selfdev_jax.convert.hf import end_tokens
+from selfdev_jax.convert.hf import file_names
 from selfdev_jax.convert.hf import get_path
 from selfdev_jax.convert.hf import load
 from selfdev_jax.convert.hf import load_tokenizer
@@ -38,6 +39,7 @@ __all__ = [
     "apply_adapter",
     "digest",
     "end_tokens",
+    "file_names",
     "get_path",
     "load",
     "load_adapter",

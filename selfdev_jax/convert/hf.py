@@ -459,13 +459,32 @@ def end_tokens(
   return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
 
 
+def _shards(directory: pathlib.Path) -> list[str]:
+  """The names of the files that have a directory's weights."""
+  weight_map = _read_index(directory) or {"": _WEIGHTS}
+  return sorted(set(weight_map.values()))
+
+
+def file_names(directory: str | os.PathLike) -> list[str]:
+  """The files of a directory that its model needs, without what else is there.
+
+  Raises:
+    ConvertError: if it has no weights or lacks some of them.
+  """
+  directory = pathlib.Path(directory)
+  shards = _shards(directory)
+  others = [_CONFIG, *_CARRIED]
+  if shards != [_WEIGHTS]:
+    others.append(_INDEX)
+  return shards + [name for name in others if (directory / name).is_file()]
+
+
 def digest(directory: str | os.PathLike) -> str:
   """SHA-256 over the weights, the configs and the tokenizer, in hex."""
   directory = pathlib.Path(directory)
-  weight_map = _read_index(directory) or {"": _WEIGHTS}
-  shards = sorted(set(weight_map.values()))
   whole = hashlib.sha256()
-  for name in (*shards, _CONFIG, _GENERATION_CONFIG, "tokenizer.json"):
+  names = (*_shards(directory), _CONFIG, _GENERATION_CONFIG, "tokenizer.json")
+  for name in names:
     try:
       with open(directory / name, "rb") as file:
         whole.update(hashlib.file_digest(file, "sha256").digest())

@@ -30,6 +30,7 @@ import numpy as np
 import ray
 from ray.util import scheduling_strategies as strategies
 
+from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import evaluation
 from selfdev_jax import models
@@ -55,6 +56,12 @@ _TRAININGS = 10  # Times that a training is taken up after a host was lost.
 _ATTEMPTS = 2  # Workers on which a merge fails before that is believed.
 _CLOSE_S = 15.0  # Workers have so long to end what they have started.
 _LOSSES = 5  # Workers lost on a host before it gets no more.
+# HTTP/2, RFC 9113, sections 3.4 and 6.5: what a client says first, with no
+# settings, and type and flags of the frame that a server says first.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, 4, 0, 0, 0, 0, 0]
+)
+_SETTINGS = bytes([4, 0])
 # Nats, on average, between two hosts that compute the same in other orders.
 _CANARY_NATS = 0.05
 # A piece is late after so many times the usual one's seconds, and at least so
@@ -285,6 +292,8 @@ class Cluster:
   def _open(self):
     """Starts the first workers and waits for all of them."""
     self._settle_needs()
+    if self._options.models == "store":
+      self._setup = dataclasses.replace(self._setup, files=self._put_models())
     path = self._setup.seen
     path.touch()
     self._stack.callback(path.unlink, missing_ok=True)
@@ -317,6 +326,28 @@ class Cluster:
         f"{len(self._ready())} workers on"
         f" {len({w.node for w in self._ready()})} hosts, {self.engine}"
     )
+
+  def _put_models(self) -> dict[str, dict[str, list[ray.ObjectRef]]]:
+    """See `work.Setup.files`.
+
+    Raises:
+      UserError: if a model cannot be read, or Ray has no room for it.
+    """
+    places, files = self._setup.models, {}
+    with progress.bar(
+        "Putting models into Ray's object store", len(places), "model"
+    ) as bar:
+      for name, where in places.items():
+        try:
+          files[name] = remote.put_files(convert.resolve(where))
+        except (OSError, ray.exceptions.RayError) as error:
+          raise errors.UserError(
+              f"model {name} does not go into Ray's object store"
+              f" ({_line(error)}); give Ray's temporary directory room for all"
+              " models, or share them and leave ray.models at path"
+          ) from None
+        bar.update()
+    return files
 
   def _ready(self) -> list[_Worker]:
     return [w for w in self._workers.values() if w.hello is not None]
@@ -877,10 +908,13 @@ def _are_there(handles: Sequence[Any]) -> bool:
 
 
 def _check_answers(address: str):
-  """Looks whether anybody is at HOST:PORT.
+  """Looks whether a cluster's head may be at HOST:PORT.
+
+  Ray itself would wait for minutes.
 
   Raises:
-    UserError: if not.
+    UserError: if it is no address.
+    ConnectionError: if nobody answers, or not as gRPC does.
   """
   host, _, port = address.rpartition(":")
   if not host or not port.isdigit():
@@ -888,9 +922,16 @@ def _check_answers(address: str):
         f"--config.ray.address={address} is not HOST:PORT, auto or local"
     )
   try:
-    socket.create_connection((host, int(port)), _ANSWER_S).close()
+    with socket.create_connection((host, int(port)), _ANSWER_S) as link:
+      if os.environ.get("RAY_USE_TLS") == "1":
+        return  # It speaks behind a handshake.
+      link.settimeout(_ANSWER_S)
+      link.sendall(_HELLO)
+      answer = link.recv(9)
   except OSError as error:
     raise ConnectionError(f"nobody answers ({error})") from None
+  if answer[3:5] != _SETTINGS:
+    raise ConnectionError("what answers is no cluster's head")
 
 
 def _note_open(address: str):

@@ -5,13 +5,16 @@ small messages of work.py. Only these two modules know Ray.
 """
 
 from collections.abc import Hashable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
 import os
 import pathlib
+import shutil
 import socket
 import threading
 import time
@@ -37,6 +40,7 @@ from selfdev_jax.sampling import jax_sampler
 _CANARY_TOKENS = 16
 CANARY_S = 60.0  # A worker shows that it computes rightly at least so often.
 _SCHEDULERS = ("OMPI_", "SLURM_")
+_PART = 1 << 28  # Bytes of a model's file in one object.
 _SEEN_S = 10.0  # Shared file systems show what is new a little later.
 
 
@@ -278,21 +282,66 @@ def _resolve(setup: work_lib.Setup) -> dict[str, pathlib.Path]:
   paths = {}
   for name, where in setup.models.items():
     host = socket.gethostname()
+    if setup.files is not None:
+      where = _fetch(name, setup.files[name], setup.digests[name])
     try:
       paths[name] = convert.resolve(where)
       found = convert.digest(paths[name])
     except (errors.UserError, OSError) as error:
       raise errors.UserError(
           f"host {host} does not see model {name} at {where} ({error}); put it"
-          " where all hosts see it under one path, or name it on the hub"
+          " where all hosts see it under one path, name it on the hub, or give"
+          " --config.ray.models=store"
       ) from None
     if found != setup.digests[name]:
       raise errors.UserError(
           f"model {name} at {where} on host {host} is another than the head's"
           f" (digest {found[:12]}, there {setup.digests[name][:12]}); copy it"
-          " anew"
+          " anew, or with ray.models=store delete it there"
       )
   return paths
+
+
+def put_files(directory: pathlib.Path) -> dict[str, list[ray.ObjectRef]]:
+  """Puts what a model needs into the object store; see `work.Setup.files`."""
+  files = {}
+  for name in convert.file_names(directory):
+    path = directory / name
+    files[name] = [
+        ray.put(np.fromfile(path, np.uint8, _PART, offset=at))
+        for at in range(0, path.stat().st_size, _PART)
+    ]
+  return files
+
+
+def _fetch(
+    name: str, files: Mapping[str, Sequence[ray.ObjectRef]], digest: str
+) -> pathlib.Path:
+  """This host's copy of a model, which all its workers and later runs read.
+
+  Raises:
+    UserError: naming host and path, where it cannot be written.
+  """
+  home = cache.directory() / "models"
+  whole, partial = home / digest, home / f"{digest}.tmp"
+  try:
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / f"{digest}.lock", "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)  # Waits while another fetches it.
+      if not whole.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for file_name, parts in files.items():
+          with open(partial / file_name, "wb") as file:
+            for part in parts:
+              file.write(ray.get(part))
+        partial.rename(whole)
+  except OSError as error:
+    raise errors.UserError(
+        f"host {socket.gethostname()} cannot keep model {name} in {home}"
+        f" ({error}); free that, or name another place by SELFDEV_CACHE"
+    ) from None
+  return whole
 
 
 class Trainer:

@@ -115,6 +115,8 @@ class Setup:
     allow_weak_sandbox: see `sandbox.Sandbox`.
     workdir: of the run, on storage that every host sees.
     decoder: the seed model's shape, a `models.DecoderConfig`.
+    files: of each model the files' names, and references to their parts in
+      Ray's object store; None: a worker reads `models`.
     token: names the file that the head has put there.
     lanes: of the sandbox, see `sandbox.Sandbox`.
   """
@@ -129,6 +131,7 @@ class Setup:
   allow_weak_sandbox: bool
   workdir: str
   decoder: Any
+  files: Mapping[str, Mapping[str, Sequence[Any]]] | None = None
   token: str = ""
   lanes: int = 1
 

@@ -288,6 +288,19 @@ def test_digest(directory, params, sharded, tokenizer, tmp_path):
     assert is_new(sharded)
 
 
+def test_what_a_model_needs(directory, sharded, tokenizer, tmp_path):
+  shutil.copy(tokenizer / "tokenizer.json", directory)
+  (directory / "pytorch_model.bin").touch()
+  for path in (directory, sharded):
+    copy = tmp_path / f"copy of {path.name}"
+    copy.mkdir()
+    for name in convert.file_names(path):
+      shutil.copy(path / name, copy)
+    assert convert.digest(copy) == convert.digest(path)
+    assert convert.load(copy)[0] == _DECODER
+    assert not (copy / "pytorch_model.bin").exists()
+
+
 # What is wrong with real directories.
 
 

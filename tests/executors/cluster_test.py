@@ -1,8 +1,11 @@
 """A cluster of three loopback hosts, whose workers are stand-ins."""
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import http.server
 import importlib.util
 import json
 import os
@@ -17,8 +20,10 @@ import numpy as np
 import pytest
 import ray
 from ray import cluster_utils
+import safetensors.numpy
 
 from selfdev_jax import config as config_lib
+from selfdev_jax import convert
 from selfdev_jax import errors
 from selfdev_jax import evaluation
 from selfdev_jax import loop
@@ -582,6 +587,21 @@ def test_an_address_that_nobody_answers(start, log):
   assert seconds < 8.0
 
 
+def test_an_address_at_which_is_something_else(start, log):
+  with socket.create_server(("127.0.0.1", 0)) as silent:
+    address = f"127.0.0.1:{silent.getsockname()[1]}"
+    text, seconds = _refused(start, log, "nobody answers", address=address)
+    assert address in text and seconds < 8.0
+  server = http.server.HTTPServer(
+      ("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler
+  )
+  with server, concurrent.futures.ThreadPoolExecutor() as pool:
+    pool.submit(server.handle_request)
+    address = f"127.0.0.1:{server.server_port}"
+    text, seconds = _refused(start, log, "no cluster's head", address=address)
+    assert address in text and seconds < 8.0
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "here:", ":1", "a:b"])
 def test_an_address_that_is_none(start, log, address):
   _refused(start, log, "is not HOST:PORT", address=address)
@@ -652,6 +672,47 @@ def test_paths_that_a_worker_does_not_see(start, log, tmp_path, monkeypatch):
       setup={"models": {"seed": "/proc/self/cwd/seed"}},
       **arguments,
   )
+
+
+def test_models_come_through_the_object_store(
+    start, log, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(remote, "_PART", 1 << 10)
+  model = tmp_path / "model"
+  model.mkdir()
+  (model / "config.json").write_text("{}")
+  weights = {"x": np.arange(1000.0)}
+  safetensors.numpy.save_file(weights, model / "model.safetensors")
+  setup = {
+      "models": {"seed": str(model)},
+      "digests": {"seed": convert.digest(model)},
+  }
+  reads = functools.partial(
+      start, {"cache": str(tmp_path)}, doubles.Reader, None, setup
+  )
+  executor = reads(models="store")
+  copy = tmp_path / "models" / convert.digest(model)
+  assert [what for *_, what in log("read")] == [str(copy)] * 3
+  assert convert.digest(copy) == convert.digest(model)
+  # What was fetched once is there for the next run.
+  before = copy.stat().st_ino
+  executor.close()
+  reads(models="store")
+  assert len(log("read")) == 6 and copy.stat().st_ino == before
+
+
+def test_models_that_do_not_go_into_the_object_store(
+    start, log, tmp_path, monkeypatch
+):
+  _refused(start, log, "seed does not exist", models="store")
+
+  def put_files(directory):
+    raise ray.exceptions.OutOfDiskError("no space left")
+
+  (tmp_path / "seed").mkdir()
+  monkeypatch.setattr(remote, "put_files", put_files)
+  text, _ = _refused(start, log, "no space left", models="store")
+  assert "model seed" in text and "temporary directory" in text
 
 
 def test_ray_is_not_installed(monkeypatch):

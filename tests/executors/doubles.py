@@ -174,6 +174,23 @@ class Doer(_Scripted):
     return work_lib.Reply([verdict(source) for source in sources])
 
 
+class Reader(Doer):
+  """A `Doer` that reads its models as `remote.Doer` does."""
+
+  def __init__(self, setup: work_lib.Setup):
+    super().__init__(setup)
+    plan = json.loads((self._directory / "plan.json").read_text())
+    os.environ["SELFDEV_CACHE"] = plan["cache"]
+    self._setup = setup
+
+  def open(self) -> work_lib.Reply:
+    from selfdev_jax.executors import remote  # It loads JAX.
+
+    for path in remote._resolve(self._setup).values():
+      self._note("read", str(path))
+    return super().open()
+
+
 class Trainer(_Scripted):
   """See `remote.Trainer`; `label` is its script, every second step is kept."""
 

@@ -232,6 +232,69 @@ def test_a_host_that_does_not_see_the_workdir(tmp_path, monkeypatch):
   assert str(tmp_path) in reply.error and "\n" not in reply.error
 
 
+@pytest.fixture
+def put(tmp_path, monkeypatch):
+  """(files of a model in the object store, its digest, what was taken)."""
+  store, taken = [], []
+
+  def put(part):
+    store.append(part)
+    return len(store) - 1
+
+  monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(remote, "_PART", 10)
+  monkeypatch.setattr(remote.ray, "put", put)
+  monkeypatch.setattr(
+      remote.ray, "get", lambda ref: taken.append(ref) or store[ref]
+  )
+  model = tmp_path / "seed"
+  model.mkdir()
+  (model / "config.json").write_text("{}")
+  (model / "chat_template.jinja").touch()
+  (model / "notes.txt").write_text("not the model's")
+  safetensors.numpy.save_file({"x": np.ones(2)}, model / "model.safetensors")
+  return remote.put_files(model), convert.digest(model), taken
+
+
+def test_a_model_is_copied_from_the_object_store(put, tmp_path):
+  files, digest, taken = put
+  partial = tmp_path / "cache" / "models" / f"{digest}.tmp"
+  partial.mkdir(parents=True)
+  (partial / "left.txt").touch()  # By one that was killed.
+  copy = remote._fetch("seed", files, digest)
+  there = {path.name: path.read_bytes() for path in copy.iterdir()}
+  names = {"config.json", "chat_template.jinja", "model.safetensors"}
+  assert set(there) == names and not partial.exists()
+  for name, content in there.items():
+    assert content == (tmp_path / "seed" / name).read_bytes()
+  assert len(taken) == len(set(taken)) > 3
+  assert remote._fetch("seed", files, digest) == copy
+  assert len(taken) == len(set(taken))  # Nothing a second time.
+
+
+def test_a_copy_that_is_not_the_head_s(put, tmp_path):
+  files, digest, _ = put
+  copy = remote._fetch("seed", files, digest)
+  (copy / "config.json").write_text("[]")
+  setup = _setup(
+      tmp_path,
+      models={"seed": "elsewhere"},
+      digests={"seed": digest},
+      files={"seed": files},
+  )
+  setup.seen.touch()
+  reply = remote.Doer(setup).open()
+  assert str(copy) in reply.error and "delete it" in reply.error
+
+
+def test_a_host_without_room_for_a_copy(put, tmp_path):
+  files, digest, _ = put
+  (tmp_path / "cache").write_text("a file, and no directory")
+  with pytest.raises(errors.UserError, match="cannot keep model seed") as error:
+    remote._fetch("seed", files, digest)
+  assert "SELFDEV_CACHE" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_host_that_has_another_model(tmp_path):
   setup = _setup(tmp_path)
   setup.seen.touch()

@@ -305,9 +305,11 @@ def test_a_cluster_of_the_run_s_own_is_on_loopback(
   assert found
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize(
+    "workers,models", [(1, "path"), (2, "store"), (4, "path")]
+)
 def test_results_do_not_depend_on_the_workers(
-    workers, alone, smoke_cache, start_smoke, finish_smoke, tmp_path
+    workers, models, alone, smoke_cache, start_smoke, finish_smoke, tmp_path
 ):
   """Through a cluster of the run's own."""
   code, result, err = finish_smoke(
@@ -317,8 +319,12 @@ def test_results_do_not_depend_on_the_workers(
           "--config.executor=ray",
           f"--config.ray.workers={workers}",
           "--config.ray.worker_cpus=0.25",
+          f"--config.ray.models={models}",
       )
   )
   assert code == 0, err
   assert result == alone[0]
   assert _pairs(tmp_path / "run") == _pairs(alone[1])
+  if models == "store":
+    copies = (smoke_cache / "models").glob("*/model.safetensors")
+    assert len(list(copies)) > 1
