@@ -25,6 +25,7 @@ import socket
 import statistics
 import time
 from typing import Any
+import warnings
 
 import numpy as np
 import ray
@@ -168,12 +169,15 @@ class Cluster:
     self._stack.callback(ray.shutdown)
     try:
       if address == "local":
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **common,
-        )
+        with warnings.catch_warnings():
+          # JAX warns of forks; Ray's become its own programs at once.
+          warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+          ray.init(
+              address="local",
+              include_dashboard=False,
+              _node_ip_address="127.0.0.1",
+              **common,
+          )
       else:
         if address != "auto":
           _check_answers(address)

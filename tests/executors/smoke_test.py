@@ -323,6 +323,7 @@ def test_results_do_not_depend_on_the_workers(
       )
   )
   assert code == 0, err
+  assert "Warning" not in err
   assert result == alone[0]
   assert _pairs(tmp_path / "run") == _pairs(alone[1])
   if models == "store":
