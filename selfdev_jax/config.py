@@ -281,7 +281,7 @@ class Ray:
     models: `path`: each host reads them where the config says, or has them from
       the hub; `store`: the head reads them, and each host keeps a copy that
       came through Ray's object store.
-    start_timeout_s: until the first worker has to be ready.
+    start_timeout_s: until the first worker has to be ready, its models read.
   """
 
   address: str = "local"

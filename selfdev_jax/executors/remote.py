@@ -279,9 +279,16 @@ def _resolve(setup: work_lib.Setup) -> dict[str, pathlib.Path]:
   Raises:
     UserError: naming host and path, where it has none or another.
   """
-  paths = {}
+  paths, host = {}, socket.gethostname()
+  if setup.files is None:
+    anew = "copy it anew"
+    hint = (
+        "put it where all hosts see it under one path, name it on the hub, or"
+        " give --config.ray.models=store"
+    )
+  else:
+    hint = anew = "delete it there: then it is copied anew"
   for name, where in setup.models.items():
-    host = socket.gethostname()
     if setup.files is not None:
       where = _fetch(name, setup.files[name], setup.digests[name])
     try:
@@ -289,15 +296,12 @@ def _resolve(setup: work_lib.Setup) -> dict[str, pathlib.Path]:
       found = convert.digest(paths[name])
     except (errors.UserError, OSError) as error:
       raise errors.UserError(
-          f"host {host} does not see model {name} at {where} ({error}); put it"
-          " where all hosts see it under one path, name it on the hub, or give"
-          " --config.ray.models=store"
+          f"host {host} does not see model {name} at {where} ({error}); {hint}"
       ) from None
     if found != setup.digests[name]:
       raise errors.UserError(
           f"model {name} at {where} on host {host} is another than the head's"
-          f" (digest {found[:12]}, there {setup.digests[name][:12]}); copy it"
-          " anew, or with ray.models=store delete it there"
+          f" (digest {found[:12]}, there {setup.digests[name][:12]}); {anew}"
       )
   return paths
 

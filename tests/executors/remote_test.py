@@ -285,6 +285,11 @@ def test_a_copy_that_is_not_the_head_s(put, tmp_path):
   setup.seen.touch()
   reply = remote.Doer(setup).open()
   assert str(copy) in reply.error and "delete it" in reply.error
+  (copy / "model.safetensors").unlink()
+  reply = remote.Doer(setup).open()
+  assert str(copy) in reply.error and "delete it" in reply.error
+  shutil.rmtree(copy)
+  assert "does not see" not in remote.Doer(setup).open().error
 
 
 def test_a_host_without_room_for_a_copy(put, tmp_path):
