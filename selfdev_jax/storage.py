@@ -6,8 +6,8 @@ stands at the URL is always one whole state of it:
   URL/MANIFEST.json                which files there are; written last
   URL/files/PATH.DIGEST            each under the digest of its content
 
-A file that changes gets a new name, and the old one is removed once no manifest
-names it. So a push that is killed leaves the state before it. Whoever opens a
+A file that changes gets a new name, and the old one is kept for one state more.
+So a push that is killed leaves the state before it. Whoever opens a
 workdir to write puts his name into the manifest, and a run that finds another
 name there stops.
 """
@@ -143,7 +143,14 @@ def _parse(text: bytes) -> _Manifest:
     raise ValueError(f"{type(error).__name__}: {error}") from None
   for name, file in files.items():
     parts = name.split("/")
-    if set(parts) & {"", ".", ".."} or "\0" in name:
+    above = {"/".join(parts[:n]) for n in range(1, len(parts))}
+    if (
+        set(parts) & {"", ".", ".."}
+        or "\0" in name
+        or name in _TOP - {_ARCHIVE}
+        or any(map(_TEMPORARY.search, parts))
+        or above & files.keys()
+    ):
       raise ValueError(f"it names {name!r}")
     if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
       raise ValueError(f"{name} has no digest")
@@ -220,10 +227,8 @@ def fetch(
     yield workdir
     return
   remote = _Remote(os.fspath(workdir))
-  scratch = cache.directory() / "workdirs"
-  scratch.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix="read-", dir=scratch) as directory:
-    copy = _Copy(remote, pathlib.Path(directory), {_ARCHIVE, *(what or ())})
+  with _scratch() as directory:
+    copy = _Copy(remote, directory, {_ARCHIVE, *(what or ())})
     copy.update()
     if copy.manifest is not None:
       progress.note(f"{remote.url} is as {_pushed(copy.manifest)}")
@@ -233,6 +238,31 @@ def fetch(
     except errors.UserError as error:
       text = str(error).replace(str(copy.local), remote.url)
       raise type(error)(text) from None
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[pathlib.Path]:
+  """An empty directory; those that killed processes had are removed."""
+  top = cache.directory() / "workdirs"
+  top.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    with open(top / "read.lock", "w") as all_of_them:
+      fcntl.flock(all_of_them, fcntl.LOCK_EX)
+      for left in top.glob("read-*"):
+        with (
+            contextlib.suppress(OSError),
+            open(left.with_name(f".{left.name}"), "w") as lock,
+        ):
+          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          shutil.rmtree(left)
+          os.unlink(lock.name)
+      path = pathlib.Path(tempfile.mkdtemp(prefix="read-", dir=top))
+      lock = open(path.with_name(f".{path.name}"), "w")  # noqa: SIM115
+      stack.enter_context(lock)
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      stack.callback(pathlib.Path(lock.name).unlink)
+      stack.callback(shutil.rmtree, path)
+    yield path
 
 
 def _name(url: str) -> str:
@@ -474,9 +504,13 @@ class _Remote:
       found = set(self._found())
     return {n for n, file in files.items() if self._path(n, file) not in found}
 
-  def clean(self, manifest: _Manifest):
-    """Removes the files that it does not name, also those of killed pushes."""
-    kept = {self._path(name, file) for name, file in manifest.files.items()}
+  def clean(self, *manifests: _Manifest):
+    """Removes files that none of them names, also those of killed pushes."""
+    kept = {
+        self._path(name, file)
+        for manifest in manifests
+        for name, file in manifest.files.items()
+    }
     with self._reaching("written"):
       # Nothing but what a push has written.
       doomed = [p for p in self._found() if p not in kept and _OURS.search(p)]
@@ -504,7 +538,7 @@ class _Copy:
     """Brings the directory to the state that stands there now.
 
     Raises:
-      UserError: where files that it names are not there.
+      UserError: where files that it names are not there, or not for long.
     """
     for last in (False,) * (_TRIES - 1) + (True,):
       manifest = self._remote.read()
@@ -513,11 +547,14 @@ class _Copy:
       try:
         self._bring(manifest)
       except FileNotFoundError as error:
-        if last:
+        if last and self._remote.read() == manifest:
           raise self._remote.damaged(error) from None
         continue  # It was pushed meanwhile.
       self.manifest = manifest
       return
+    raise _UnreachableError(
+        f"{self._remote.url} is pushed faster than it can be read; try again"
+    )
 
   def _bring(self, manifest):
     before = self.manifest.contents() if self.manifest else {}
@@ -660,17 +697,16 @@ class _Mirror:
     shutil.rmtree(fetched, ignore_errors=True)
     fetched.mkdir()
     self._download(there.files, fetched)
-    aside = ""
-    if has_files and not self._is_pushed(pushed):
-      aside = (
-          "; what this machine had not pushed of an earlier state is in"
+    # One that was killed here may have fetched it already.
+    if has_files and not any(map(self._is_pushed, (pushed, there))):
+      progress.note(
+          "what this machine had not pushed of an earlier state is in"
           f" {self._put_aside()}"
       )
     shutil.rmtree(self.local, ignore_errors=True)
     fetched.rename(self.local)
     progress.note(
-        f"{self._remote.url} was fetched into {self.local}, as"
-        f" {_pushed(there)}{aside}"
+        f"{self._remote.url} was fetched into {self.local}, as {_pushed(there)}"
     )
 
   def _is_pushed(self, pushed: _Manifest | None) -> bool:
@@ -749,6 +785,11 @@ class _Mirror:
     there = before.contents()
     gone = self._remote.gone(before.files)
     with self._state(before) as (files, path_of):
+      if _ARCHIVE in there and _ARCHIVE not in files:
+        raise errors.UserError(
+            f"{self.local / _ARCHIVE} was removed; {self._remote.url} stays as"
+            " it was, and the same command goes on from there"
+        )
       for name in sorted(files):
         if there.get(name) != files[name].content or name in gone:
           files[name] = self._upload(name, path_of(name), files[name])
@@ -758,9 +799,17 @@ class _Mirror:
         return
       self._check()
       self._write(files, before.generation + 1)
-    # Whoever has taken it over meanwhile may need what was there before.
-    if self._is_ours(self._remote.read()):
-      self._remote.clean(self._last)
+    found = self._remote.read()
+    if not self._is_ours(found):
+      # Whoever has taken it over may have put back what was there before.
+      if found is None or found.contents() != self._last.contents():
+        self._check()
+      return
+    try:
+      # What was there before is what a claim after this look may name.
+      self._remote.clean(self._last, before)
+    except _UnreachableError as error:
+      progress.note(f"{error}. Files of earlier states stay there")
 
   def _upload(self, name, path, file) -> _File:
     """Returns what was uploaded, which may have changed since it was listed."""

@@ -92,7 +92,8 @@ def test_names_are_those_of_the_store():
 
 
 @pytest.mark.parametrize("given", ["runs/tiny", "./x", pathlib.Path("/x/y")])
-def test_a_directory_is_itself(given):
+def test_a_directory_is_itself(given, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   assert not storage.is_remote(given)
   with storage.open_workdir(given) as (workdir, push):
     assert workdir == pathlib.Path(given)
@@ -225,9 +226,13 @@ def test_only_what_changed_is_written(machine, url, monkeypatch):
     _write(workdir, "best/model", "y" * 1000)
     push()
     assert uploaded[2:] == ["best/model"]
-  after = _objects(url)
-  assert len(after) == len(before) == 3  # None that is no longer named.
-  assert after != before
+    after = _objects(url)
+    assert len(before) == 3 and set(before) < set(after)
+    assert len(after) == 4  # What the state before names is still there.
+    _write(workdir, "best/model", "z" * 1000)
+    push()
+  last = _objects(url)
+  assert len(last) == 4 and len(set(after) - set(last)) == 1
 
 
 def test_temporary_files_stay(machine, url):
@@ -272,6 +277,42 @@ def test_fetch_follows(machine, url):
       while _rows(copy) != [1, 2]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_copies_of_killed_readers_are_removed(machine, url, tmp_path):
+  with storage.open_workdir(url) as (workdir, _):
+    _add(workdir, 1).close()
+  with storage.fetch(url) as other:
+    other = pathlib.Path(other)
+    left = other.with_name("read-left")
+    shutil.copytree(other, left)
+    left.with_name(".read-left").touch()  # Whose process is gone.
+    assert _read(url) == [1]
+    assert not left.exists() and not left.with_name(".read-left").exists()
+    assert _rows(other) == [1]
+  assert not list(other.parent.glob("*read-*"))
+
+
+def test_pushed_faster_than_it_is_read(machine, url, monkeypatch):
+  download = storage._Remote.download
+
+  def slow(self, name, file, path):
+    _write(workdir, "best/model", f"{time.monotonic_ns()}")
+    push()
+    _write(workdir, "best/model", f"{time.monotonic_ns()}")
+    push()
+    download(self, name, file, path)
+
+  with storage.open_workdir(url) as (workdir, push):
+    _add(workdir, 1).close()
+    _write(workdir, "best/model", "x")
+    push()
+    monkeypatch.setattr(storage._Remote, "download", slow)
+    with (
+        pytest.raises(errors.UserError, match="faster than it can be read"),
+        storage.fetch(url, what=["best"]),
+    ):
+      pass
 
 
 def test_a_reader_needs_no_run(machine, url):
@@ -619,6 +660,75 @@ def test_a_claim_that_replaces_a_push(machine, url, monkeypatch):
   assert _is_whole(url)
 
 
+def test_a_claim_between_the_look_and_the_removal(machine, url, monkeypatch):
+  """It names the state before the one that has just been pushed."""
+  clean = storage._Remote.clean
+
+  def late(self, *manifests):
+    self.write(claim)
+    clean(self, *manifests)
+
+  with (
+      pytest.raises(errors.UserError, match="no longer this run's: two pushed"),
+      storage.open_workdir(url) as (first, push),
+  ):
+    _write(first, "dpo/ck", "50")
+    push()
+    claim = storage._Remote(url).read()
+    claim = dataclasses.replace(claim, writer="x", host="two")
+    _write(first, "dpo/ck", "100")
+    monkeypatch.setattr(storage._Remote, "clean", late)
+    push()
+  monkeypatch.undo()
+  machine("three")
+  with storage.open_workdir(url) as (there, _):
+    assert (there / "dpo/ck").read_text() == "50"
+
+
+@pytest.mark.parametrize("what", ["run", "run/archive.sqlite"])
+def test_a_copy_that_is_removed_meanwhile(machine, url, what):
+  with (
+      pytest.raises(errors.UserError, match="was removed") as caught,
+      storage.open_workdir(url) as (workdir, push),
+  ):
+    _add(workdir, 1).close()
+    push()
+    gone = workdir.parent / what
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    push()
+  assert url in str(caught.value) and "\n" not in str(caught.value)
+  with storage.open_workdir(url) as (workdir, _):
+    assert _rows(workdir) == [1]
+
+
+def test_what_cannot_be_removed_there(machine, url, monkeypatch, capsys):
+  def clean(self, *manifests):
+    raise storage._UnreachableError("no right to delete")
+
+  monkeypatch.setattr(storage._Remote, "clean", clean)
+  with storage.open_workdir(url) as (workdir, _):
+    _add(workdir, 1).close()
+  assert "no right to delete" in capsys.readouterr().err
+  assert _read(url) == [1]
+
+
+def test_a_fetch_that_was_killed_before_it_was_noted(machine, url, monkeypatch):
+  with storage.open_workdir(url) as (workdir, _):
+    _add(workdir, 1).close()
+  machine("two")
+
+  def killed(self, manifest):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(storage._Mirror, "_pushing", killed)
+    with pytest.raises(KeyboardInterrupt), storage.open_workdir(url):
+      pass
+  with storage.open_workdir(url) as (workdir, _):
+    assert _rows(workdir) == [1]
+    assert not list(workdir.parent.glob("aside-*"))
+
+
 def test_opened_elsewhere_for_nothing(machine, url):
   """What this machine has not pushed is ahead of that, not beside it."""
   with storage.open_workdir(url) as (first, _):
@@ -684,6 +794,15 @@ def test_a_place_that_cannot_be_written(machine, tmp_path):
         (lambda m: [m], "damaged"),
         (lambda m: m | {"files": {"../x": m["files"]["a"]}}, "'../x'"),
         (lambda m: m | {"files": {"/x": m["files"]["a"]}}, "'/x'"),
+        *(
+            (lambda m, n=n: m | {"files": {n: m["files"]["a"]}}, f"'{n}'")
+            for n in ("lock", "archive.sqlite-journal", "a/x.partial/y")
+        ),
+        (
+            lambda m: m
+            | {"files": dict.fromkeys(("a", "a/b"), m["files"]["a"])},
+            "'a/b'",
+        ),
         (
             lambda m: m | {"files": {"a": m["files"]["a"] | {"sha256": "/.."}}},
             "a has no digest",

@@ -331,7 +331,7 @@ class Cluster:
         f" {len({w.node for w in self._ready()})} hosts, {self.engine}"
     )
 
-  def _put_models(self) -> dict[str, dict[str, list[ray.ObjectRef]]]:
+  def _put_models(self) -> dict[str, work_lib.Files]:
     """See `work.Setup.files`.
 
     Raises:
@@ -927,7 +927,7 @@ def _check_answers(address: str):
     )
   try:
     with socket.create_connection((host, int(port)), _ANSWER_S) as link:
-      if os.environ.get("RAY_USE_TLS") == "1":
+      if os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true"):
         return  # It speaks behind a handshake.
       link.settimeout(_ANSWER_S)
       link.sendall(_HELLO)

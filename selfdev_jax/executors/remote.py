@@ -5,12 +5,12 @@ small messages of work.py. Only these two modules know Ray.
 """
 
 from collections.abc import Hashable
-from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import itertools
 import os
 import pathlib
@@ -290,7 +290,7 @@ def _resolve(setup: work_lib.Setup) -> dict[str, pathlib.Path]:
     hint = anew = "delete it there: then it is copied anew"
   for name, where in setup.models.items():
     if setup.files is not None:
-      where = _fetch(name, setup.files[name], setup.digests[name])
+      where = _fetch(name, setup.files[name])
     try:
       paths[name] = convert.resolve(where)
       found = convert.digest(paths[name])
@@ -306,44 +306,45 @@ def _resolve(setup: work_lib.Setup) -> dict[str, pathlib.Path]:
   return paths
 
 
-def put_files(directory: pathlib.Path) -> dict[str, list[ray.ObjectRef]]:
-  """Puts what a model needs into the object store; see `work.Setup.files`."""
-  files = {}
+def put_files(directory: pathlib.Path) -> work_lib.Files:
+  """Puts what a model needs into the object store."""
+  parts, whole = {}, hashlib.sha256()
   for name in convert.file_names(directory):
-    path = directory / name
-    files[name] = [
-        ray.put(np.fromfile(path, np.uint8, _PART, offset=at))
-        for at in range(0, path.stat().st_size, _PART)
-    ]
-  return files
+    path, found, parts[name] = directory / name, hashlib.sha256(), []
+    for at in range(0, path.stat().st_size, _PART):
+      part = np.fromfile(path, np.uint8, _PART, offset=at)
+      found.update(part)
+      parts[name].append(ray.put(part))
+    whole.update(f"{name} {found.hexdigest()}\n".encode())
+  return work_lib.Files(whole.hexdigest(), parts)
 
 
-def _fetch(
-    name: str, files: Mapping[str, Sequence[ray.ObjectRef]], digest: str
-) -> pathlib.Path:
+def _fetch(name: str, files: work_lib.Files) -> pathlib.Path:
   """This host's copy of a model, which all its workers and later runs read.
 
   Raises:
     UserError: naming host and path, where it cannot be written.
   """
   home = cache.directory() / "models"
-  whole, partial = home / digest, home / f"{digest}.tmp"
+  whole, partial = home / files.digest, home / f"{files.digest}.tmp"
   try:
     home.mkdir(parents=True, exist_ok=True)
-    with open(home / f"{digest}.lock", "w") as lock:
+    with open(home / f"{files.digest}.lock", "w") as lock:
       fcntl.flock(lock, fcntl.LOCK_EX)  # Waits while another fetches it.
       if not whole.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for file_name, parts in files.items():
+        for file_name, parts in files.parts.items():
           with open(partial / file_name, "wb") as file:
             for part in parts:
               file.write(ray.get(part))
         partial.rename(whole)
-  except OSError as error:
+  except (OSError, ray.exceptions.RayError) as error:
+    reason = " ".join(str(error).split())[:300]
     raise errors.UserError(
         f"host {socket.gethostname()} cannot keep model {name} in {home}"
-        f" ({error}); free that, or name another place by SELFDEV_CACHE"
+        f" ({reason}); make room there and in Ray's temporary directory, or"
+        " name another place by SELFDEV_CACHE"
     ) from None
   return whole
 

@@ -100,6 +100,19 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
+class Files:
+  """A model's files in Ray's object store.
+
+  Attributes:
+    digest: over the names and contents of all of them, hexadecimal.
+    parts: of each file, references to what it consists of.
+  """
+
+  digest: str
+  parts: Mapping[str, Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
   """What a worker is told once.
 
@@ -115,8 +128,7 @@ class Setup:
     allow_weak_sandbox: see `sandbox.Sandbox`.
     workdir: of the run, on storage that every host sees.
     decoder: the seed model's shape, a `models.DecoderConfig`.
-    files: of each model the files' names, and references to their parts in
-      Ray's object store; None: a worker reads `models`.
+    files: of each model; None: a worker reads `models`.
     token: names the file that the head has put there.
     lanes: of the sandbox, see `sandbox.Sandbox`.
   """
@@ -131,7 +143,7 @@ class Setup:
   allow_weak_sandbox: bool
   workdir: str
   decoder: Any
-  files: Mapping[str, Mapping[str, Sequence[Any]]] | None = None
+  files: Mapping[str, Files] | None = None
   token: str = ""
   lanes: int = 1
 

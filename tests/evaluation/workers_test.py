@@ -99,7 +99,7 @@ def script(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(script):
-  pool = workers.Pool(2, 1.0, script)
+  pool = workers.Pool(2, 5.0, script)
   yield pool
   pool.close()
 

@@ -199,10 +199,11 @@ class Trainer(_Scripted):
     self._steps: list[tuple[int, dict[str, float]]] = []
 
   def address(self) -> str:
-    return f"{self._host}:1"
+    """Names the process in place of a port, for the others to look at."""
+    return f"{self._host}:{os.getpid()}"
 
   def train(self, training, coordinator, count, index) -> work_lib.Reply:
-    del coordinator
+    first_process = int(coordinator.rpartition(":")[2])
     script = json.loads(training.label)
     kept = pathlib.Path(training.workdir) / "kept"
     if "error" in script:
@@ -212,9 +213,6 @@ class Trainer(_Scripted):
       raise RuntimeError(script["raises"])
     frozen = pathlib.Path(training.workdir) / "frozen"
     self._note("train", f"{index}/{count} from {first}")
-    (pathlib.Path(training.workdir) / f"pid-{index}").write_text(
-        str(os.getpid())
-    )
     for step in range(first, script["steps"] + 1):
       time.sleep(0.1)
       if step == script.get("freezes at") and self._claim(f"freeze{index}", 1):
@@ -224,7 +222,7 @@ class Trainer(_Scripted):
         while not frozen.exists():
           time.sleep(0.02)
         raise RuntimeError("the other process does not answer")
-      if index and _is_gone(pathlib.Path(training.workdir) / "pid-0"):
+      if index and _is_gone(first_process):
         raise RuntimeError("the other process does not answer")
       self._steps.append((step, {"loss": 1 / step}))
       is_last = step == script.get("dies at") and not index
@@ -242,12 +240,10 @@ class Trainer(_Scripted):
     return self._steps[done:]
 
 
-def _is_gone(path: pathlib.Path) -> bool:
-  """Whether the process of a file has died, whoever waits for it."""
-  if not path.exists():
-    return False
+def _is_gone(pid: int) -> bool:
+  """Whether a process has died, whoever waits for it."""
   try:
-    status = pathlib.Path(f"/proc/{path.read_text()}/stat").read_text()
+    status = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
     return True
   return status.rpartition(")")[2].split()[0] in "ZX"

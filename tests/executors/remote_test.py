@@ -234,7 +234,7 @@ def test_a_host_that_does_not_see_the_workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def put(tmp_path, monkeypatch):
-  """(files of a model in the object store, its digest, what was taken)."""
+  """(a model's files in the object store, its digest, what was taken)."""
   store, taken = [], []
 
   def put(part):
@@ -258,23 +258,30 @@ def put(tmp_path, monkeypatch):
 
 def test_a_model_is_copied_from_the_object_store(put, tmp_path):
   files, digest, taken = put
-  partial = tmp_path / "cache" / "models" / f"{digest}.tmp"
+  partial = tmp_path / "cache" / "models" / f"{files.digest}.tmp"
   partial.mkdir(parents=True)
   (partial / "left.txt").touch()  # By one that was killed.
-  copy = remote._fetch("seed", files, digest)
+  copy = remote._fetch("seed", files)
   there = {path.name: path.read_bytes() for path in copy.iterdir()}
   names = {"config.json", "chat_template.jinja", "model.safetensors"}
   assert set(there) == names and not partial.exists()
   for name, content in there.items():
     assert content == (tmp_path / "seed" / name).read_bytes()
   assert len(taken) == len(set(taken)) > 3
-  assert remote._fetch("seed", files, digest) == copy
+  assert remote._fetch("seed", files) == copy
   assert len(taken) == len(set(taken))  # Nothing a second time.
+  assert convert.digest(copy) == digest
+  # What the digest of a model does not cover is its own copy's all the same.
+  (tmp_path / "seed" / "chat_template.jinja").write_text("x")
+  assert convert.digest(tmp_path / "seed") == digest
+  other = remote._fetch("seed", remote.put_files(tmp_path / "seed"))
+  assert (other / "chat_template.jinja").read_text() == "x"
+  assert not (copy / "chat_template.jinja").read_text()
 
 
 def test_a_copy_that_is_not_the_head_s(put, tmp_path):
   files, digest, _ = put
-  copy = remote._fetch("seed", files, digest)
+  copy = remote._fetch("seed", files)
   (copy / "config.json").write_text("[]")
   setup = _setup(
       tmp_path,
@@ -292,11 +299,21 @@ def test_a_copy_that_is_not_the_head_s(put, tmp_path):
   assert "does not see" not in remote.Doer(setup).open().error
 
 
+def test_a_copy_that_ray_does_not_give(put, monkeypatch):
+  def get(ref):
+    raise remote.ray.exceptions.OutOfDiskError("no\nspace")
+
+  monkeypatch.setattr(remote.ray, "get", get)
+  with pytest.raises(errors.UserError, match="no space") as error:
+    remote._fetch("seed", put[0])
+  assert "\n" not in str(error.value)
+
+
 def test_a_host_without_room_for_a_copy(put, tmp_path):
-  files, digest, _ = put
+  files, _, _ = put
   (tmp_path / "cache").write_text("a file, and no directory")
   with pytest.raises(errors.UserError, match="cannot keep model seed") as error:
-    remote._fetch("seed", files, digest)
+    remote._fetch("seed", files)
   assert "SELFDEV_CACHE" in str(error.value) and "\n" not in str(error.value)
 
 

@@ -22,7 +22,8 @@ from selfdev_jax import store as store_lib
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
-_HEAD = "127.0.1.2"  # Other tests have clusters on 127.0.0.
+# Other tests have clusters on 127.0.0; in the order of hosts it is the first.
+_HEAD = "127.0.1.100"
 _START_S = 120.0
 _TRAINING = ("--config.dpo.steps=60", "--config.dpo.save_every=5")
 
@@ -40,7 +41,7 @@ class _Hosts:
     self._environment = environment
     self._temporary = temporary
     self._nodes: dict[str, subprocess.Popen] = {}
-    self._last = 2
+    self._last = 100
     port = _free_port()
     self.address = f"{_HEAD}:{port}"
     # Short: paths of Unix sockets have at most 107 characters.
@@ -109,7 +110,10 @@ class _Hosts:
 def _family(pid: int) -> list[int]:
   """A process and all that descend from it."""
   path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
-  children = path.read_text(encoding="ascii").split() if path.exists() else []
+  try:
+    children = path.read_text(encoding="ascii").split()
+  except OSError:
+    children = []  # It has ended.
   return [pid, *(p for child in children for p in _family(int(child)))]
 
 
@@ -323,7 +327,7 @@ def test_results_do_not_depend_on_the_workers(
       )
   )
   assert code == 0, err
-  assert "Warning" not in err
+  assert "os.fork" not in err
   assert result == alone[0]
   assert _pairs(tmp_path / "run") == _pairs(alone[1])
   if models == "store":
