@@ -249,19 +249,14 @@ def _scratch() -> Iterator[pathlib.Path]:
     with open(top / "read.lock", "w") as all_of_them:
       fcntl.flock(all_of_them, fcntl.LOCK_EX)
       for left in top.glob("read-*"):
-        with (
-            contextlib.suppress(OSError),
-            open(left.with_name(f".{left.name}"), "w") as lock,
-        ):
+        with contextlib.suppress(OSError), open(left / _LOCK, "w") as lock:
           fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
           shutil.rmtree(left)
-          os.unlink(lock.name)
-      path = pathlib.Path(tempfile.mkdtemp(prefix="read-", dir=top))
-      lock = open(path.with_name(f".{path.name}"), "w")  # noqa: SIM115
-      stack.enter_context(lock)
-      fcntl.flock(lock, fcntl.LOCK_EX)
-      stack.callback(pathlib.Path(lock.name).unlink)
-      stack.callback(shutil.rmtree, path)
+      home = pathlib.Path(tempfile.mkdtemp(prefix="read-", dir=top))
+      fcntl.flock(stack.enter_context(open(home / _LOCK, "w")), fcntl.LOCK_EX)
+      stack.callback(shutil.rmtree, home)
+    path = home / "run"
+    path.mkdir()
     yield path
 
 
@@ -698,7 +693,7 @@ class _Mirror:
     fetched.mkdir()
     self._download(there.files, fetched)
     # One that was killed here may have fetched it already.
-    if has_files and not any(map(self._is_pushed, (pushed, there))):
+    if has_files and not self._is_pushed(pushed, there):
       progress.note(
           "what this machine had not pushed of an earlier state is in"
           f" {self._put_aside()}"
@@ -709,14 +704,14 @@ class _Mirror:
         f"{self._remote.url} was fetched into {self.local}, as {_pushed(there)}"
     )
 
-  def _is_pushed(self, pushed: _Manifest | None) -> bool:
-    if pushed is None:
-      return False
+  def _is_pushed(self, pushed: _Manifest | None, there: _Manifest) -> bool:
+    """Whether the mirror is what was pushed last, or what stands there."""
     try:
       with self._state(pushed) as (files, _):
-        return {n: f.content for n, f in files.items()} == pushed.contents()
+        held = {n: f.content for n, f in files.items()}
     except FileNotFoundError:
       return False
+    return held in [m.contents() for m in (pushed, there) if m]
 
   def _kept(self, name: str) -> _Manifest | None:
     try:

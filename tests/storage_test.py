@@ -284,13 +284,12 @@ def test_copies_of_killed_readers_are_removed(machine, url, tmp_path):
     _add(workdir, 1).close()
   with storage.fetch(url) as other:
     other = pathlib.Path(other)
-    left = other.with_name("read-left")
-    shutil.copytree(other, left)
-    left.with_name(".read-left").touch()  # Whose process is gone.
+    left = other.parent.with_name("read-left")
+    shutil.copytree(other.parent, left)  # Whose process is gone.
     assert _read(url) == [1]
-    assert not left.exists() and not left.with_name(".read-left").exists()
+    assert not left.exists()
     assert _rows(other) == [1]
-  assert not list(other.parent.glob("*read-*"))
+  assert not list(left.parent.glob("*read-*"))
 
 
 def test_pushed_faster_than_it_is_read(machine, url, monkeypatch):
@@ -630,33 +629,46 @@ def test_a_push_at_the_time_of_a_claim(machine, url, monkeypatch, when):
     assert _rows(third) == [1] and _tree(third) == {"dpo/ck": b"100"}
 
 
-def test_a_claim_that_replaces_a_push(machine, url, monkeypatch):
-  """It had read the state before, of which nothing is removed then."""
-  read = storage._Remote.read
-  is_over = False
+def _claimed_meanwhile(url, patch):
+  """Pushes twice, and then is told that two has the workdir.
 
-  def stale(self):
-    """Another claims while this push is written."""
-    nonlocal is_over
-    found = read(self)
-    if not is_over and found.files["dpo/ck"].size == 3:
-      is_over = True
-      self.write(claim)
-      return claim
-    return found
-
+  Args:
+    url: of the workdir.
+    patch: called before the second push with two's claim, which names the files
+      of the first.
+  """
   with (
       pytest.raises(errors.UserError, match="no longer this run's: two pushed"),
       storage.open_workdir(url) as (first, push),
   ):
     _write(first, "dpo/ck", "50")
     push()
-    claim = storage._Remote(url).read()
-    claim = dataclasses.replace(claim, writer="x", host="two")
+    there = storage._Remote(url).read()
     _write(first, "dpo/ck", "100")
-    monkeypatch.setattr(storage._Remote, "read", stale)
+    patch(dataclasses.replace(there, writer="x", host="two"))
     push()
-    assert is_over
+
+
+def test_a_claim_that_replaces_a_push(machine, url, monkeypatch):
+  """It had read the state before, of which nothing is removed then."""
+  read = storage._Remote.read
+  is_over = False
+
+  def patch(claim):
+    def stale(self):
+      """Another claims while this push is written."""
+      nonlocal is_over
+      found = read(self)
+      if not is_over and found.files["dpo/ck"].size == 3:
+        is_over = True
+        self.write(claim)
+        return claim
+      return found
+
+    monkeypatch.setattr(storage._Remote, "read", stale)
+
+  _claimed_meanwhile(url, patch)
+  assert is_over
   assert _is_whole(url)
 
 
@@ -664,21 +676,14 @@ def test_a_claim_between_the_look_and_the_removal(machine, url, monkeypatch):
   """It names the state before the one that has just been pushed."""
   clean = storage._Remote.clean
 
-  def late(self, *manifests):
-    self.write(claim)
-    clean(self, *manifests)
+  def patch(claim):
+    def late(self, *manifests):
+      self.write(claim)
+      clean(self, *manifests)
 
-  with (
-      pytest.raises(errors.UserError, match="no longer this run's: two pushed"),
-      storage.open_workdir(url) as (first, push),
-  ):
-    _write(first, "dpo/ck", "50")
-    push()
-    claim = storage._Remote(url).read()
-    claim = dataclasses.replace(claim, writer="x", host="two")
-    _write(first, "dpo/ck", "100")
     monkeypatch.setattr(storage._Remote, "clean", late)
-    push()
+
+  _claimed_meanwhile(url, patch)
   monkeypatch.undo()
   machine("three")
   with storage.open_workdir(url) as (there, _):

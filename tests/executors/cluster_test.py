@@ -292,7 +292,9 @@ def test_a_straggler_s_piece_is_given_to_another(start):
   begun = time.monotonic()
   assert _answers(executor, works) == _expected(works)
   assert time.monotonic() - begun < 15.0
-  assert _kinds(executor)["duplicated"] >= 1
+  late = [i.detail for i in executor.incidents() if i.kind == "duplicated"]
+  # On a busy machine others may be late, too.
+  assert sum("('m0', 'dev', 6, 8)" in detail for detail in late) == 1
 
 
 def test_the_only_piece_left_is_a_straggler(start):
